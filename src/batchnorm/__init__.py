@@ -1,0 +1,66 @@
+"""batchnorm: normalization for PyTorch, from the raw data to every layer of the network.
+
+The rooms, each importable as an attribute of this package and loaded when it is first used:
+
+- ``batchnorm.preprocessing``: centre, scale and whiten data (scikit-learn estimators),
+- ``batchnorm.nn``: batch-normalization layers, drop-in for ``torch.nn``'s,
+- ``batchnorm.ops``: the arithmetic of the layers as ``torch.library`` operators,
+- ``batchnorm.moments``: counts, means and sums of squared deviations that merge exactly,
+- ``batchnorm.probes``: how activations are distributed, and how that moves during training,
+- ``batchnorm.study``, ``batchnorm.report``: experiments that show what normalization does, and their page.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from batchnorm._errors import (
+    BatchnormError,
+    ConfigError,
+    DtypeError,
+    InputError,
+    MissingDependencyError,
+    OutputError,
+    RecordsError,
+    ShapeError,
+    StatisticsFileError,
+)
+
+if TYPE_CHECKING:
+    from batchnorm import moments, nn, ops, preprocessing, probes, report, study
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchnormError",
+    "ConfigError",
+    "DtypeError",
+    "InputError",
+    "MissingDependencyError",
+    "OutputError",
+    "RecordsError",
+    "ShapeError",
+    "StatisticsFileError",
+    "__version__",
+    "moments",
+    "nn",
+    "ops",
+    "preprocessing",
+    "probes",
+    "report",
+    "study",
+]
+
+_ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study"})
+
+
+def __getattr__(name: str) -> Any:
+    # Rooms load on first use: `import batchnorm` must cost next to nothing, whatever the rooms come to need.
+    if name in _ROOMS:
+        return importlib.import_module(f"batchnorm.{name}")
+    raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

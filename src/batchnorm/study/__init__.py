@@ -1,0 +1,1 @@
+"""Seeded experiments that show what normalization does to a network, and what it does not."""
