@@ -1,0 +1,21 @@
+"""Counts, means and sums of squared deviations that merge exactly: the package's one definition of mean and variance.
+
+:class:`Moments` holds them for each channel, :class:`Scatter` with all products between channels. Both are computed
+block by block in float64 with two passes over each block (never ``E[x^2] - E[x]^2``) and combined by Chan's formulas
+
+    n      = n_a + n_b
+    delta  = mean_b - mean_a
+    mean   = mean_a + delta n_b / n
+    m2     = m2_a + m2_b + delta^2 n_a n_b / n
+
+(T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+1979). The mean is kept as an unevaluated sum of two float64 numbers: with a single one, ``delta`` inherits the mean's
+rounding, which at a mean of 1e8 and a deviation of 1 costs eight digits of the variance.
+"""
+
+from __future__ import annotations
+
+from batchnorm.moments.blocks import as_tensor
+from batchnorm.moments.statistics import Moments, Scatter, bessel_factor, difference_of_means
+
+__all__ = ["Moments", "Scatter", "as_tensor", "bessel_factor", "difference_of_means"]
