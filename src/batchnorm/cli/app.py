@@ -1,0 +1,80 @@
+"""The group of commands, and how its errors end.
+
+torch, plotly and scikit-learn are imported by the commands that need them, when they run: ``--help`` and ``--version``
+answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from batchnorm import __version__
+from batchnorm._errors import BatchnormError
+from batchnorm.cli.completion import completion
+from batchnorm.cli.report import report
+from batchnorm.cli.selftest import selftest
+from batchnorm.cli.study import study
+
+INTERRUPTED = 130
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+Examples:
+  batchnorm study                        the whole study, in under two minutes, and its page
+  batchnorm study --quick                a first look, in half a minute
+  batchnorm report runs/2026-01-31_12-00-00
+  batchnorm selftest                     which implementations run here, and how exact they are
+
+Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.""",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Normalization for PyTorch: what it does to a network, measured on this machine."""
+
+
+for command in (study, report, selftest, completion):
+    cli.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run ``batchnorm`` with ``arguments`` (default: the command line's) and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Unicode gets a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        code = cli.main(
+            args=None if arguments is None else list(arguments), prog_name="batchnorm", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.UsageError as error:
+        # In the contexts' names, not in the file's, so that `python -m batchnorm` says the same.
+        path = error.ctx.command_path if error.ctx else "batchnorm"
+        _fail(f"{error.format_message()} (see {path} --help)", 2)
+    except click.ClickException as error:
+        _fail(error.format_message(), 1)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read us has left (`batchnorm ... | head`); at exit Python would complain about the pipe once more.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except BatchnormError as error:
+        _fail(str(error), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    # One line, whatever an inner message holds: logs and scripts read it by the line.
+    click.echo(f"batchnorm: {' '.join(message.split())}", err=True)
+    sys.exit(code)

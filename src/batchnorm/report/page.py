@@ -1,0 +1,211 @@
+"""The page: one HTML file that opens from disk, with its plots, their library and its looks inside."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchnorm._errors import BatchnormError, MissingDependencyError, OutputError
+from batchnorm.report import palette
+from batchnorm.report.figures import Plot, plot
+from batchnorm.report.headline import headline
+from batchnorm.report.numbers import column, duration, is_numeric, plain
+from batchnorm.study.document import Cell, Figure, Section, Summary, Table
+from batchnorm.study.records import write_whole
+
+PAGE = "report.html"
+# Cells up to this many characters are not broken over lines.
+_BRIEF = 20
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """A table as text; ``styles`` has a class for each column (numbers flush right), ``gaps`` tells of empty cells."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    styles: tuple[str, ...]
+    note: str
+    gaps: bool
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    id: str
+    figure: Figure
+    plot: Plot
+
+
+@dataclass(frozen=True)
+class _Part:
+    id: str
+    section: Section
+    figures: tuple[_Drawn, ...]
+    tables: tuple[_Grid, ...]
+
+
+def build(summary: Summary, out: Path) -> Path:
+    """Write the page of ``summary`` to ``out`` and return its path.
+
+    ``out`` is a file; its folder must exist. The page is written beside it and renamed over it when whole.
+
+    Raises:
+        MissingDependencyError: plotly or jinja2 is not installed.
+        OutputError: the file cannot be written.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise OutputError(f"expected a file for the page, got the folder {out}: name a file in it, e.g. {out / PAGE}")
+    write_whole(out, render(summary).encode())
+    return out
+
+
+def rebuild(run_folder: Path, out: Path | None = None) -> Path:
+    """Build the page of a run from its records, by default as ``report.html`` in its folder.
+
+    torch is not needed, nor the summary that the run wrote: the records say it all.
+
+    Raises:
+        RecordsError: ``run_folder`` is not a run, or its records are damaged.
+        MissingDependencyError, OutputError: as :func:`build`.
+    """
+    from batchnorm.study import load_summary, summarise
+
+    run_folder = Path(run_folder)
+    try:
+        command = load_summary(run_folder).command
+    except BatchnormError:
+        # An interrupted study has written none.
+        command = saved_command(run_folder)
+    return build(summarise(run_folder, command=command), run_folder / PAGE if out is None else out)
+
+
+def saved_command(run_folder: Path) -> str:
+    """A command that repeats the study in ``run_folder``, by its saved configuration."""
+    return shlex.join(["batchnorm", "study", "--config", str(run_folder / "config.toml")])
+
+
+def render(summary: Summary) -> str:
+    """The page of ``summary`` as text.
+
+    Raises:
+        MissingDependencyError: plotly or jinja2 is not installed.
+    """
+    environment = _environment()
+    parts = _parts(summary.sections)
+    top = headline(summary)
+    return str(
+        environment.get_template("page.html.j2").render(
+            summary=summary,
+            headline=top,
+            headline_id=next((part.id for part in parts if top and part.section is top.section), None),
+            overview=_grid(summary.overview),
+            parts=parts,
+            plots={
+                f"{drawn.id}-{index}": {"data": panel.data, "layout": panel.layout, "flipped": drawn.plot.flipped}
+                for part in parts
+                for drawn in part.figures
+                for index, panel in enumerate(drawn.plot.panels)
+            },
+            themes=[(dark, palette.variables(dark)) for dark in (False, True)],
+            environment=[(key, plain(value)) for key, value in summary.environment.items()],
+            config=list(_flat(summary.config)),
+            duration=duration(summary.seconds),
+            plain=plain,
+            style=_raw(environment, "page.css"),
+            script=_raw(environment, "page.js"),
+            plotly=_plotly(),
+        )
+    )
+
+
+def _environment() -> Any:
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the report's page needs jinja2, which is not installed: pip install 'batchnorm[report]'"
+        ) from error
+    # Every string is escaped; only the page's own style and script and plotly's are put in as they are.
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("batchnorm.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _raw(environment: Any, name: str) -> Any:
+    import markupsafe
+
+    text, _, _ = environment.loader.get_source(environment, name)
+    return markupsafe.Markup(text)
+
+
+def _plotly() -> Any:
+    import markupsafe
+
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the report's page needs plotly, which is not installed: pip install 'batchnorm[report]'"
+        ) from error
+    return markupsafe.Markup(get_plotlyjs())
+
+
+def _parts(sections: Sequence[Section]) -> list[_Part]:
+    taken: set[str] = {"top", "overview", "environment"}
+    parts = []
+    for section in sections:
+        figures = tuple(_Drawn(_anchor(f"fig-{item.id}", taken), item, plot(item)) for item in section.figures)
+        tables = tuple(_grid(item) for item in section.tables)
+        parts.append(_Part(_anchor(section.name, taken), section, figures, tables))
+    return parts
+
+
+def _grid(table: Table) -> _Grid:
+    columns = list(zip(*table.rows, strict=True)) if table.rows else [() for _ in table.columns]
+    texts = [column(cells) for cells in columns]
+    return _Grid(
+        title=table.title,
+        columns=table.columns,
+        rows=tuple(zip(*texts, strict=True)),
+        # The first column names the row, whatever it holds.
+        styles=("", *(_style(cells, shown) for cells, shown in zip(columns[1:], texts[1:], strict=True))),
+        note=table.note,
+        gaps=any(cell is None for row in table.rows for cell in row),
+    )
+
+
+def _style(cells: Sequence[Cell], texts: Sequence[str]) -> str:
+    if is_numeric(cells):
+        return "number"
+    return "brief" if all(len(text) <= _BRIEF for text in texts) else ""
+
+
+def _anchor(name: str, taken: set[str]) -> str:
+    """A name for links: lower case, no space, no second of its kind."""
+    base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "part"
+    anchor = base
+    count = 1
+    while anchor in taken:
+        count += 1
+        anchor = f"{base}-{count}"
+    taken.add(anchor)
+    return anchor
+
+
+def _flat(config: Any, prefix: str = "") -> Any:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            is_list = isinstance(value, list | tuple)
+            yield f"{prefix}{key}", ", ".join(plain(item) for item in value) if is_list else plain(value)
