@@ -9,7 +9,7 @@ code written for those catches ours too::
     │   ├── ConfigError                         a study's configuration
     │   ├── RecordsError                        a run's folder or its records
     │   └── StatisticsFileError                 a file of saved statistics
-    ├── DtypeError              TypeError       a type of data that cannot be handled
+    ├── DtypeError              TypeError, RuntimeError    a type of data that cannot be handled
     ├── OutputError             OSError         a place that cannot be written
     └── MissingDependencyError  ImportError     an optional package that is not installed
 
@@ -46,8 +46,11 @@ class StatisticsFileError(InputError):
     """A file of saved statistics is truncated, foreign or of another version."""
 
 
-class DtypeError(BatchnormError, TypeError):
-    """Data of a type that cannot be handled."""
+class DtypeError(BatchnormError, TypeError, RuntimeError):
+    """Data of a type that cannot be handled, or of types that do not go together.
+
+    Also a RuntimeError, because that is what torch raises for dtypes that do not match.
+    """
 
 
 class OutputError(BatchnormError, OSError):

@@ -1,0 +1,8 @@
+"""Batch-normalization layers, drop-in for ``torch.nn``'s."""
+
+from __future__ import annotations
+
+from batchnorm.nn import functional
+from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "functional"]

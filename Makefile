@@ -1,0 +1,51 @@
+# `make` prints this list. Everything happens in .venv, made on first use and kept.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install run test lint types format bench docs clean
+
+help: ## print the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+install: $(INSTALLED) ## create .venv with pinned versions and build the C++ library
+	@$(BIN)/batchnorm --version
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "batchnorm needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# Anew only when what it depends on has changed. The second step builds the extension against the torch of the first.
+$(INSTALLED): requirements/dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.h) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+run: $(INSTALLED) ## run the study on embedded data and write its report
+	@$(BIN)/batchnorm study
+
+test: $(INSTALLED) ## run the tests, in parallel
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(INSTALLED) ## ruff: lint and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED) ## mypy, strict
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## ruff: format and mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(INSTALLED) ## time the layers and estimators beside their peers
+	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED) ## regenerate the picture of the report that the README shows
+	$(BIN)/python docs/picture.py
+
+clean: ## remove .venv, builds and runs
+	rm -rf $(VENV) build runs src/batchnorm/_C*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

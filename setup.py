@@ -1,0 +1,67 @@
+"""Builds the C++ library ``batchnorm._C``; everything else about the package stands in pyproject.toml.
+
+The library is optional. Where it cannot be compiled the package installs without it, runs on the reference
+implementation, and says so: the reason is left in ``_native_build.txt`` beside the modules, for ``batchnorm
+selftest`` to show.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+NOTE = "_native_build.txt"
+# torch 2.10, the oldest version supported, as its headers spell it: 0x MM mm pp 00 00 00 00 00.
+TARGET_VERSION = "0x020a000000000000"
+
+
+class OptionalBuildExtension(BuildExtension):
+    """Builds what can be built, and leaves a note about what could not."""
+
+    def build_extensions(self) -> None:
+        note = self._package_folder() / NOTE
+        note.unlink(missing_ok=True)
+        try:
+            super().build_extensions()
+        except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler raises, the package installs
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self._leave_note(note, reason)
+            return
+        missing = [ext.name for ext in self.extensions if not Path(self.get_ext_fullpath(ext.name)).exists()]
+        if missing:  # setuptools reports a failed compiler as a warning and goes on
+            self._leave_note(note, "the compiler failed")
+
+    def _package_folder(self) -> Path:
+        return Path(self.get_ext_fullpath("batchnorm._C")).parent
+
+    def _leave_note(self, note: Path, reason: str) -> None:
+        text = f"the C++ library could not be compiled: {reason}"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(text + "\n", encoding="utf-8")
+        print(f"warning: {text}; batchnorm will run on its reference implementation", file=sys.stderr)
+
+
+def extension() -> Any:
+    """One library of all sources, for torch's and Python's stable interfaces."""
+    return CppExtension(
+        "batchnorm._C",
+        # Relative, as setuptools demands; sorted, so that a build is reproducible.
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
+        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        py_limited_api=True,
+        optional=True,
+    )
+
+
+setup(
+    ext_modules=[extension()],
+    cmdclass={"build_ext": OptionalBuildExtension.with_options(use_ninja=False)},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -1,0 +1,25 @@
+"""What all tests share: one thread each (they run side by side), the same seed, and notices about what was left out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """The same random numbers for a test whatever ran before it, and the state put back after it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def promised_native() -> bool:
+    """Whether this machine has promised a C++ library (then its absence is a failure)."""
+    return os.environ.get("BATCHNORM_REQUIRE_NATIVE") == "1"
