@@ -26,6 +26,7 @@ INTERRUPTED = 130
 
 
 @click.group(
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
@@ -37,8 +38,11 @@ Examples:
 Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.""",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Normalization for PyTorch: what it does to a network, measured on this machine."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (study, report, selftest, completion):

@@ -9,11 +9,12 @@ _VARIABLE = "_BATCHNORM_COMPLETE"
 
 
 @click.command(
+    short_help="Print a script that completes commands in your shell.",
     epilog="""\b
 Examples:
   eval "$(batchnorm completion bash)"                                        in ~/.bashrc
   eval "$(batchnorm completion zsh)"                                         in ~/.zshrc
-  batchnorm completion fish > ~/.config/fish/completions/batchnorm.fish"""
+  batchnorm completion fish > ~/.config/fish/completions/batchnorm.fish""",
 )
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context

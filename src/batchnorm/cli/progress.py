@@ -20,6 +20,7 @@ from batchnorm.study import events
 # A plain log of a study is some twenty lines, however many runs it has.
 _PLAIN_SHARE = 0.05
 _PLAIN_SECONDS = 2.0
+_PLAIN_SILENCE = 20.0
 
 
 def watcher(stream: TextIO, folder: Path) -> Watcher:
@@ -64,7 +65,8 @@ class Watcher:
 
     def _finished(self, event: events.RunFinished) -> None:
         now = time.monotonic()
-        if event.fraction - self._last_share < _PLAIN_SHARE or now - self._last_time < _PLAIN_SECONDS:
+        waited = now - self._last_time
+        if waited < _PLAIN_SECONDS or (event.fraction - self._last_share < _PLAIN_SHARE and waited < _PLAIN_SILENCE):
             return
         self._last_share, self._last_time = event.fraction, now
         reached = "" if event.accuracy is None else f"accuracy {event.accuracy:.3f} "

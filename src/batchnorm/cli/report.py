@@ -8,10 +8,11 @@ import click
 
 
 @click.command(
+    short_help="Rebuild the page of a run.",
     epilog="""\b
 Examples:
   batchnorm report runs/2026-01-31_12-00-00
-  batchnorm report runs/2026-01-31_12-00-00 --out page.html"""
+  batchnorm report runs/2026-01-31_12-00-00 --out page.html""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(

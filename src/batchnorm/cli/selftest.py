@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -12,12 +13,13 @@ import click
 
 
 @click.command(
+    short_help="Check every operator on this machine.",
     epilog="""\b
 Examples:
   batchnorm selftest
   batchnorm selftest --json | jq .implementation.active
 
-Exit codes: 0 every check passed, 1 one failed."""
+Exit codes: 0 every check passed, 1 one failed.""",
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of a table.")
 def selftest(as_json: bool) -> int:
@@ -53,25 +55,29 @@ def _show(status: Any, found: Any) -> None:
     console = console_for(sys.stdout)
     why = f" ({status.reason})" if status.reason else f" ({status.library})" if status.library else ""
     console.print(Text.assemble("implementation: ", (status.active, "bold"), why), soft_wrap=True)
-    table = simple_table(
-        ("op", "device", "dtype", "format", "runs", "error", "torch's", "tolerance", "", "note"),
-        numeric=("error", "torch's", "tolerance"),
-    )
-    for check in found:
-        peer = "\u2013" if check.peer_error is None else f"{check.peer_error:.1e}"
-        table.add_row(
-            check.op,
-            check.device,
-            check.dtype,
-            check.memory_format,
-            check.implementation,
-            f"{check.error:.1e}",
-            peer,
-            f"{check.tolerance:.1e}",
-            Text("passed", "green") if check.passed else Text("FAILED", "bold red"),
-            Text(check.note),
-        )
+    table = simple_table(("op", "runs", "error", "torch's", "tolerance", ""), numeric=("error", "torch's", "tolerance"))
+    for place, checks in itertools.groupby(found, key=_place):
+        table.add_section()
+        table.add_row(Text(place, "bold"))
+        for check in checks:
+            table.add_row(
+                Text(f"  {check.op}"),
+                Text(check.implementation),
+                _error(check.error),
+                _error(check.peer_error),
+                _error(check.tolerance),
+                Text("passed", "green") if check.passed else Text("FAILED", "bold red"),
+            )
     console.print(table)
     failed = sum(not check.passed for check in found)
     result = f"{failed} of {len(found)} checks failed" if failed else f"all {len(found)} checks passed"
     console.print(Text(result, "bold red" if failed else "bold green"))
+
+
+def _place(check: Any) -> str:
+    where = f"{check.device}, {check.dtype}, {check.memory_format}"
+    return f"{where}, {check.note}" if check.note else where
+
+
+def _error(value: float | None) -> str:
+    return "\u2013" if value is None else f"{value:.1e}"

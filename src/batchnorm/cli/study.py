@@ -42,6 +42,7 @@ def _complete_names(_: click.Context, __: click.Parameter, incomplete: str) -> l
 
 
 @click.command(
+    short_help="Run the experiments and write their page.",
     epilog="""\b
 Examples:
   batchnorm study                                    everything, into runs/ and the time of day
@@ -50,7 +51,7 @@ Examples:
   batchnorm study --resume --out runs/2026-01-31_12-00-00
   batchnorm study --quick --json | jq .speedup_90.ratio.median
 
-The folder then holds config.toml, records.jsonl, summary.json and report.html."""
+The folder then holds config.toml, records.jsonl, summary.json and report.html.""",
 )
 @click.option("--quick", is_flag=True, help="Fewer seeds, rates and steps: half a minute.")
 @click.option(

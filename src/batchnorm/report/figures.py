@@ -111,7 +111,7 @@ def _line(series: Series, key: Key) -> Iterable[dict[str, Any]]:
                 "x": xs,
                 "y": ys,
                 "mode": "lines",
-                "line": {"width": 0},
+                "line": {"width": 0, "color": key.colour},
                 "fill": "toself",
                 "fillcolor": key.colour.replace(")", "-band)"),
                 "hoverinfo": "skip",
@@ -123,7 +123,8 @@ def _line(series: Series, key: Key) -> Iterable[dict[str, Any]]:
         "type": "scatter",
         "x": _places(series.x),
         "y": [_short(value) for value in series.y],
-        "mode": "lines+markers" if len(series.x) <= _FEW_POINTS else "lines",
+        # Two points are a mark to compare with, many are a curve; markers are for measurements few enough to count.
+        "mode": "lines+markers" if 2 < len(series.x) <= _FEW_POINTS else "lines",
         "line": {"color": key.colour, "width": 2.25, "dash": key.dash},
         "marker": {"color": key.colour, "size": 6},
         **_hover(series, key, "%{y:.4~g}"),
@@ -245,6 +246,12 @@ def _layout(figure: Figure, flipped: bool) -> dict[str, Any]:
         up["range"] = [math.log10(end) if figure.log_y else end for end in figure.y_range]
     elif figure.kind == "bars" and not figure.log_y:
         up["rangemode"] = "tozero"
+    for axis, values in (
+        (across, [place for series in figure.series for place in series.x]),
+        (up, [place for series in figure.series for place in series.y]),
+    ):
+        if axis["type"] == "log":
+            axis.update(_decades(values))
     if names and figure.kind != "heatmap":
         across["showgrid"] = False
         order = list(dict.fromkeys(names))
@@ -275,8 +282,18 @@ def _layout(figure: Figure, flipped: bool) -> dict[str, Any]:
         "scattermode": "group" if figure.kind == "bars" else "overlay",
         "scattergap": 0.3,
         "autosize": True,
-        "template": None,
+        # Else plotly adds its own template, 7 KB a plot.
+        "template": {},
     }
+
+
+def _decades(values: Sequence[float | str | None]) -> dict[str, Any]:
+    """Ticks at 1, 10, 100 where the values span decades; plotly's own, with digits between, where they do not."""
+    found = [value for value in values if isinstance(value, int | float) and value > 0]
+    if not found or max(found) < 50 * min(found):
+        return {}
+    readable = min(found) >= 1e-3 and max(found) < 1e6
+    return {"dtick": 1, "minor": {"dtick": "D1", "ticks": ""}, **({"tickformat": ",.4~g"} if readable else {})}
 
 
 def _axis() -> dict[str, Any]:

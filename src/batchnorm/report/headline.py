@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from batchnorm.report.numbers import number, plain, spread, steps
@@ -24,10 +25,14 @@ class Arm:
 
 @dataclass(frozen=True)
 class Headline:
-    """``ratio`` is e.g. "19.6", None where a median was never reached; ``limits`` are the section's own words."""
+    """``ratio`` is e.g. "19.6", None where a median was never reached; ``each`` lists it by seed, in order of size.
+
+    ``limits`` are the section's own words.
+    """
 
     ratio: str | None
     spread: str
+    each: tuple[str, ...]
     threshold: str
     seeds: str
     arms: tuple[Arm, ...]
@@ -55,6 +60,10 @@ def headline(summary: Summary) -> Headline | None:
     return Headline(
         ratio=None if ratio["median"] is None else number(ratio["median"]),
         spread=spread(ratio),
+        each=tuple(
+            "never" if value is None else number(value)
+            for value in sorted(ratio["values"], key=lambda value: math.inf if value is None else value)
+        ),
         threshold=f"{100 * data['threshold']:g}%",
         seeds=f"{count} seed" if count == 1 else f"{count} seeds",
         arms=tuple(arms),

@@ -35,7 +35,9 @@ def column(cells: Sequence[Cell]) -> list[str]:
     """The cells of a column of a table, numbers with the same number of decimals where that loses nothing."""
     floats = [cell for cell in cells if isinstance(cell, float)]
     exact = max((_exact_decimals(value) for value in floats), default=0)
-    return [_cell(cell, exact if exact <= 2 else None) for cell in cells]
+    # Three digits are enough to read; a column that would need more gets three of each number.
+    short = exact == 0 or (exact <= 2 and all(abs(value) * 10**exact < 1000 for value in floats))
+    return [_cell(cell, exact if short else None) for cell in cells]
 
 
 def steps(value: float | None) -> str:
