@@ -1,0 +1,16 @@
+"""Centre, scale and whiten data: scikit-learn estimators that stream, merge, and go into the network.
+
+NumPy arrays, torch tensors, pandas and polars frames come back as they came. Statistics are exact in float64 whatever
+the split of the data (``fit``, any sequence of ``partial_fit``, or ``merge`` of estimators fitted elsewhere). With
+``channel_axis=1`` data are (N, C, *) and statistics per channel. ``to_module()`` makes an ``nn.Module`` of a fitted
+estimator, ``save(path)`` and :func:`load` keep it, without pickle.
+"""
+
+from __future__ import annotations
+
+from batchnorm.preprocessing.centering import MeanSubtractor
+from batchnorm.preprocessing.saving import load
+from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
+from batchnorm.preprocessing.whitening import Whitener
+
+__all__ = ["MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load"]

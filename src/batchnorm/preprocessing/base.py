@@ -1,0 +1,248 @@
+"""What all estimators share: learning that can go on, be merged and fail without harm; transforming; saving."""
+
+from __future__ import annotations
+
+import warnings
+from os import PathLike
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from batchnorm._errors import DtypeError, InputError, ShapeError
+from batchnorm.moments import Moments
+from batchnorm.preprocessing.inputs import Batch, give_back, read, read_weights, refuse_infinite
+
+Array = NDArray[Any]
+
+
+class Statistics(Protocol):
+    """What a batch teaches: merges, and can be written down."""
+
+    @property
+    def num_features(self) -> int: ...
+    def merge(self, other: Any) -> Any: ...
+    def to_dict(self) -> dict[str, Tensor]: ...
+
+
+# ruff: noqa: ARG002 -- scikit-learn's signature: fit takes a y that transformers ignore
+class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+    """Base of the estimators. All that is learned is one immutable statistics object, replaced as a whole.
+
+    A subclass says what it learns (``_statistics``), which attributes show it (``_publish``), and how it transforms.
+    """
+
+    channel_axis: int | None
+    _stats: Any
+    n_features_in_: int
+    feature_names_in_: Array
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Forget what was learned before and learn from ``X``.
+
+        ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars or nested lists. NaN is
+        missing and left out. ``y`` is ignored. ``sample_weight``: (N,), not negative; an integer weight is the same as
+        so many repetitions, zero as absence.
+
+        Raises InputError (infinite values, bad weights), ShapeError, DtypeError; the estimator is then as it was.
+        """
+        return self._learn(X, sample_weight, afresh=True, complete=True)
+
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Learn from one more batch. Any split of the data gives what one ``fit`` of the whole gives. See ``fit``."""
+        return self._learn(X, sample_weight, afresh=not self.__sklearn_is_fitted__(), complete=False)
+
+    def merge(self, other: Self) -> Self:
+        """Learn what ``other`` has learned, as if its data had been passed here; ``other`` stays as it was.
+
+        An estimator that is not fitted takes the statistics over. Raises DtypeError for another class, ShapeError for
+        another width, InputError for other feature names, NotFittedError where ``other`` has learned nothing.
+        """
+        if type(other) is not type(self):
+            raise DtypeError(f"expected another {type(self).__name__} to merge, got {type(other).__name__}")
+        check_is_fitted(other)
+        before = dict(self.__dict__)
+        try:
+            self._check_parameters()
+            self._check_mergeable(other)
+            if self.__sklearn_is_fitted__():
+                self._stats = self._stats.merge(other._stats)
+            else:
+                self._stats = other._stats
+                self.n_features_in_ = other.n_features_in_
+                if hasattr(other, "feature_names_in_"):
+                    self.feature_names_in_ = other.feature_names_in_.copy()
+            self._publish()
+        except BaseException:
+            self._roll_back(before)
+            raise
+        return self
+
+    def transform(self, X: Any) -> Any:
+        """Normalize ``X`` with what was learned; the result is of the kind, dtype and shape of ``X``. NaN stays NaN.
+
+        Gradients don't flow through this, see ``to_module``. Raises InputError (infinite values), ShapeError,
+        DtypeError, scikit-learn's NotFittedError.
+        """
+        return self._transform(X, inverse=False)
+
+    def inverse_transform(self, X: Any) -> Any:
+        """Undo ``transform``: back to the data's own units."""
+        return self._transform(X, inverse=True)
+
+    def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """``transform`` as an ``nn.Module`` in front of a network: differentiable, exportable, its numbers in buffers.
+
+        The mean is stored in a high and a low part, so that data far from zero lose no precision in float32. Integer
+        input (image bytes) gives ``dtype``. For data in float64 pass ``dtype=torch.float64``: ``.double()`` afterwards
+        computes in float64, but with what float32 buffers kept.
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write what was learned to ``path``, from which ``load`` makes the estimator again (safetensors, no pickle).
+
+        The file appears whole or not at all. Raises OutputError where it cannot be written.
+        """
+        from batchnorm.preprocessing.saving import save
+
+        check_is_fitted(self)
+        save(self, path)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_stats")
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.three_d_array = self.channel_axis is not None
+        tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
+        return tags
+
+    # What a subclass provides
+
+    def _check_parameters(self) -> None:
+        """Raise an InputError where a parameter makes no sense."""
+        if self.channel_axis is not None and (
+            isinstance(self.channel_axis, bool)
+            or not isinstance(self.channel_axis, (int, np.integer))
+            or self.channel_axis == 0
+        ):
+            raise InputError(
+                f"channel_axis must be None or the axis of the channels (1 for (N, C, *)), got {self.channel_axis!r}"
+            )
+
+    def _check_mergeable(self, other: Self) -> None:
+        """Raise where the statistics of ``other`` mean something else."""
+        if not self.__sklearn_is_fitted__():
+            return
+        if other.n_features_in_ != self.n_features_in_:
+            raise ShapeError(
+                f"cannot merge {type(self).__name__}s of different width: "
+                f"{other.n_features_in_} features into {self.n_features_in_}"
+            )
+        mine, theirs = (getattr(estimator, "feature_names_in_", None) for estimator in (self, other))
+        if mine is not None and theirs is not None and list(mine) != list(theirs):
+            differing = next((a, b) for a, b in zip(mine, theirs, strict=True) if a != b)
+            raise InputError(
+                f"cannot merge: the features have other names, {differing[1]!r} instead of {differing[0]!r}"
+            )
+
+    def _statistics(self, batch: Batch, weights: Tensor | None) -> Statistics:
+        raise NotImplementedError
+
+    def _publish(self) -> None:
+        """Set the learned attributes from ``_stats``."""
+        raise NotImplementedError
+
+    def _complete(self) -> None:
+        """What ``fit`` does after ``_publish`` and ``partial_fit`` leaves until it is needed."""
+
+    def _map(self, batch: Batch, inverse: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _extra_state(self) -> dict[str, Tensor]:
+        """Tensors to save besides the statistics."""
+        return {}
+
+    def _read_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over saved tensors and publish them; raise InputError where they don't fit."""
+        raise NotImplementedError
+
+    # The steps in common
+
+    def _learn(self, X: Any, sample_weight: Any, *, afresh: bool, complete: bool) -> Self:
+        before = dict(self.__dict__)
+        try:
+            self._check_parameters()
+            if afresh:
+                for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
+                    delattr(self, name)
+            batch = read(self, X, reset=afresh)
+            stats = self._statistics(batch, read_weights(sample_weight, batch))
+            self._stats = stats if afresh else self._stats.merge(stats)
+            self._publish()
+            if complete:
+                self._complete()
+        except BaseException:
+            self._roll_back(before)
+            raise
+        return self
+
+    def _roll_back(self, before: dict[str, Any]) -> None:
+        self.__dict__.clear()
+        self.__dict__.update(before)
+
+    def _transform(self, X: Any, *, inverse: bool) -> Any:
+        check_is_fitted(self)
+        batch = read(self, X, reset=False, check_names=not inverse)
+        refuse_infinite(self, batch)
+        with torch.no_grad():
+            out = self._map(batch, inverse)
+        return give_back(self, batch, out)
+
+    def _refuse_unusable(self, batch: Batch, *statistics: Tensor) -> None:
+        """Statistics that skip NaN are only not finite where a value was not, or where its square overflowed."""
+        if not all(bool(torch.isfinite(s).all()) for s in statistics):
+            refuse_infinite(self, batch)
+            raise InputError(
+                "Input X holds values too large: their range or their squares overflow float64; rescale the data"
+            )
+
+
+def samples_seen(count: Tensor) -> int | float | Array:
+    """scikit-learn's ``n_samples_seen_``: one number where all agree, integers unless weights are fractions."""
+    counts: Array = count.cpu().numpy()
+    if bool((counts == np.round(counts)).all()):
+        counts = counts.astype(np.int64)
+    return counts[0].item() if bool((counts == counts[0]).all()) else counts
+
+
+def warn_of_empty(estimator: Normalizer, count: Tensor) -> None:
+    """Warn of features without a single value: their statistics are NaN, as in scikit-learn."""
+    empty = (count == 0).nonzero().flatten().tolist()
+    if empty:
+        warnings.warn(
+            f"{type(estimator).__name__} saw only NaN in feature {', '.join(map(str, empty))}: its statistics are NaN",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+# Within one block of this many rows rounding errors may add up; between blocks they don't, the mean having two parts.
+_ERROR_ROWS = 2**14
+
+
+def is_constant(moments: Moments) -> Tensor:
+    """Which features cannot be told from constant ones: ``std <= n eps |mean|``, (C,).
+
+    The bound of the rounding error of the two-pass algorithm (Chan, Golub, LeVeque, "Algorithms for computing the
+    sample variance", 1983), the one that scikit-learn's StandardScaler uses, but with ``n`` no more than 2^14: longer
+    data are summed in blocks, and their error does not grow further. ``eps`` is that of float64.
+    """
+    rows = moments.count.clamp(max=_ERROR_ROWS)
+    return moments.std() <= rows * torch.finfo(torch.float64).eps * moments.mean.abs()
