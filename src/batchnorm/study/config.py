@@ -30,8 +30,9 @@ class Headline:
     conservative_lr: float = 0.3
     conservative_steps: int = 2500
     wide_init: float = 4.0
-    wide_lrs: tuple[float, ...] = (0.3, 1.0, 2.0, 4.0)
-    relu_lrs: tuple[float, ...] = (0.1, 0.3, 0.6, 1.0)
+    wide_steps: int = 700
+    wide_lrs: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
+    relu_lrs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6)
     counter_steps: int = 400
     hot_factor: float = 30.0
 
@@ -42,7 +43,7 @@ class Deep:
 
     layers: int = 6
     lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    lr: float = 2.0
+    lr: float = 1.0
     steps: int = 2000
     batch_steps: int = 800
     wide_init: float = 4.0
@@ -58,19 +59,19 @@ class Distribution:
     slow_lr: float = 0.3
     steps: int = 1000
     every: int = 20
-    noise_shift: float = 0.5
-    noise_scale: float = 0.5
+    noise_shift: float = 1.0
+    noise_scale: float = 0.75
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """Raw, centred, standardized, rotated and whitened inputs."""
 
-    table_lrs: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    table_steps: int = 400
-    linear_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-    linear_steps: int = 100
-    deep_lr: float = 2.0
+    table_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
+    table_steps: int = 150
+    linear_lrs: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+    linear_steps: int = 150
+    deep_lr: float = 1.0
     deep_steps: int = 1200
 
 
@@ -271,7 +272,9 @@ PRESETS: dict[str, StudyConfig] = {
         headline=Headline(seeds=3, lrs=(1.0, 2.0, 4.0), steps=1200, tune_steps=1000, conservative_steps=1800),
         deep=Deep(lrs=(1.0, 3.0), steps=1000, batch_steps=300),
         distribution=Distribution(steps=600),
-        preprocessing=Preprocessing(table_lrs=(0.1, 1.0), table_steps=200, deep_steps=600),
+        preprocessing=Preprocessing(
+            table_lrs=(0.3, 3.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=900
+        ),
         identity=Identity(steps=1500),
     ),
 }

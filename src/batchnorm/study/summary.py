@@ -10,6 +10,7 @@ from batchnorm.study.config import StudyConfig
 from batchnorm.study.document import Cell, Section, Summary, Table
 from batchnorm.study.folder import RunFolder
 from batchnorm.study.records import FINISHED, Records
+from batchnorm.study.sections import headline_page
 
 TITLE = "What batch normalization does to a network"
 
@@ -52,8 +53,6 @@ def build(config: StudyConfig, found: Records, command: str = "") -> Summary:
         line["metric"]: line["value"] for line in found.where(run="environment") if line["metric"] != FINISHED
     }
     seconds = sum(line["value"] for line in found.where(section="environment", metric="seconds"))
-    from batchnorm.study.sections import headline
-
     return Summary(
         title=TITLE,
         command=command or "batchnorm study",
@@ -63,7 +62,7 @@ def build(config: StudyConfig, found: Records, command: str = "") -> Summary:
         config=config.to_mapping(),
         overview=_overview(parts),
         sections=tuple(parts),
-        speedup_90=headline.speedup(config, found.where(section="headline")),
+        speedup_90=headline_page.speedup(config, found.where(section="headline")),
     )
 
 

@@ -1,0 +1,88 @@
+"""Most runs of the study: train a multilayer perceptron and record its accuracy until its marks are reached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from batchnorm.study import models, training
+from batchnorm.study.data import Split
+from batchnorm.study.plan import Report, Run
+from batchnorm.study.records import Record
+
+# One entry a loss curve needs for every so many of the accuracy's.
+_LOSS_EVERY = 5
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one torch thread: runs stand side by side, and sums are added in one order everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def tensors(part: tuple[Any, Any]) -> training.Data:
+    """A part of a split as float32 features and int64 labels."""
+    features, labels = part
+    return torch.from_numpy(np.ascontiguousarray(features, dtype=np.float32)), torch.from_numpy(labels)
+
+
+def train_mlp(
+    run: Run, split: Split, report: Report, look: Callable[[int, torch.nn.Sequential], None] | None = None
+) -> tuple[list[Record], torch.nn.Sequential]:
+    """Train the net that ``run.params`` describe and record its accuracy on one part of the split.
+
+    Of the params, ``lr`` is required; ``norm``, ``layers``, ``width``, ``activation``, ``gain`` and ``noise`` go to
+    :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); ``until`` ends the run when two evaluations
+    in a row are at that accuracy; ``fine_until`` is where evaluations get sparse.
+    ``look(step, model)`` is called after each evaluation.
+    """
+    wanted = run.params
+    names = ("norm", "layers", "width", "activation", "gain", "noise")
+    model = models.mlp(
+        split.features, split.classes, seed=run.seed, **{name: wanted[name] for name in names if name in wanted}
+    )
+    judged = tensors(getattr(split, wanted.get("judge", "test")))
+    until = wanted.get("until", 2.0)
+    lines: list[Record] = []
+    above = 0
+
+    def watch(step: int, loss: float) -> bool:
+        nonlocal above
+        value = training.accuracy(model, judged)
+        lines.append(run.record(step, "accuracy", value))
+        if loss == loss and len(lines) % _LOSS_EVERY == 0 and loss != float("inf"):
+            lines.append(run.record(step, "loss", loss))
+        report(step, value)
+        if look is not None:
+            look(step, model)
+        above = above + 1 if value >= until else 0
+        return above >= 2
+
+    with one_thread():
+        begun = time.perf_counter()
+        ended = training.train(
+            model,
+            tensors(split.train),
+            lr=wanted["lr"],
+            steps=run.steps,
+            batch=wanted["batch"],
+            seed=run.seed,
+            at=training.evaluation_steps(run.steps, wanted.get("fine_until", 200)),
+            watch=watch,
+        )
+        whole = time.perf_counter() - begun
+    if ended.diverged:
+        lines.append(run.record(ended.steps, "diverged", True))
+    lines.append(run.record(ended.steps, "seconds", round(ended.step_seconds, 7), what="step"))
+    lines.append(run.record(ended.steps, "seconds", round(whole, 4), what="run"))
+    return lines, model

@@ -1,0 +1,131 @@
+"""The study's networks: the paper's multilayer perceptron and a small convnet, with the normalization as an argument.
+
+Weights are drawn from a generator of their own, so that two variants with one seed begin with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+# The one line through which the study meets the layer that it studies.
+from batchnorm.nn import BatchNorm1d, BatchNorm2d
+
+Norm = Literal["none", "batch", "batch-plain", "noisy"]
+Activation = Literal["sigmoid", "relu"]
+NORMS = (BatchNorm1d, BatchNorm2d)
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
+
+
+class NoisyBatchNorm1d(nn.Module):
+    """Batch normalization whose output is shaken: the control of Santurkar et al. 2018, section 2.2.
+
+    ``y = a * BN(x) + b`` on ``(N, C)``, where at each training step and for each unit ``a`` is drawn from
+    U(1 - scale, 1 + scale) and ``b`` from U(-shift, shift): the distribution that the next layer sees jumps at every
+    step. In eval mode the noise is left out, as dropout is, unless ``always`` is set (to look at what training sees).
+    """
+
+    def __init__(self, features: int, shift: float, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.norm = BatchNorm1d(features)
+        self.shift = shift
+        self.scale = scale
+        self.always = False
+        self._features = features
+        self._generator = generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``(N, C)``, then scale and shift each unit by fresh noise."""
+        y: Tensor = self.norm(x)
+        if not (self.training or self.always):
+            return y
+        a, b = 2.0 * torch.rand(2, self._features, generator=self._generator) - 1.0
+        return y * (1.0 + self.scale * a) + self.shift * b
+
+
+def mlp(
+    inputs: int,
+    outputs: int,
+    *,
+    seed: int,
+    layers: int = 3,
+    width: int = 100,
+    norm: Norm = "none",
+    activation: Activation = "sigmoid",
+    gain: float = 1.0,
+    noise: tuple[float, float] = (0.0, 0.0),
+) -> nn.Sequential:
+    """A multilayer perceptron ``(N, inputs) -> (N, outputs)``: ``layers`` times linear, normalization, activation.
+
+    Ioffe & Szegedy 2015, section 4.1: three hidden layers of 100 sigmoid units. Normalization stands before the
+    activation. Weights are Xavier normal times ``gain`` with sigmoid and He normal times ``gain`` with ReLU, biases 0.
+
+    Args:
+        norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`.
+        noise: the shift and scale of the noisy variant.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shaking = torch.Generator().manual_seed(seed + 1_000_003)
+    parts: list[nn.Module] = []
+    for _ in range(layers):
+        parts.append(_linear(inputs, width, activation, gain, generator))
+        if norm == "noisy":
+            parts.append(NoisyBatchNorm1d(width, *noise, shaking))
+        elif norm != "none":
+            parts.append(BatchNorm1d(width, affine=norm == "batch"))
+        parts.append(_ACTIVATIONS[activation]())
+        inputs = width
+    return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator))
+
+
+def convnet(channels: int, outputs: int, *, seed: int, width: int = 16, norm: Norm = "none") -> nn.Sequential:
+    """A small convnet ``(N, channels, H, W) -> (N, outputs)``: twice 3x3 convolution, normalization, ReLU, 2x2 pooling.
+
+    He normal weights, biases 0; global average pooling before the last, linear layer.
+
+    Args:
+        norm: "none", "batch" or "batch-plain".
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[nn.Module] = []
+    for planes in (width, 2 * width):
+        convolution = torch.nn.utils.skip_init(nn.Conv2d, channels, planes, 3, padding=1)
+        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu", generator=generator)
+        nn.init.zeros_(convolution.bias)
+        parts.append(convolution)
+        if norm != "none":
+            parts.append(BatchNorm2d(planes, affine=norm == "batch"))
+        parts += [nn.ReLU(), nn.MaxPool2d(2)]
+        channels = planes
+    return nn.Sequential(
+        *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _linear(channels, outputs, "relu", 1.0, generator)
+    )
+
+
+def last_hidden_activation(model: nn.Sequential) -> nn.Module:
+    """The activation of the last hidden layer; its input is what the paper's Figure 1 shows."""
+    return [part for part in model if isinstance(part, nn.Sigmoid | nn.ReLU)][-1]
+
+
+def shake(model: nn.Module, always: bool) -> None:
+    """Whether the noisy layers of ``model`` shake in eval mode too; nothing where there are none."""
+    for part in model.modules():
+        if isinstance(part, NoisyBatchNorm1d):
+            part.always = always
+
+
+def _linear(inputs: int, outputs: int, activation: Activation, gain: float, generator: torch.Generator) -> nn.Linear:
+    # skip_init: torch's own initialization would draw from the process's random state for nothing.
+    layer = torch.nn.utils.skip_init(nn.Linear, inputs, outputs)
+    assert isinstance(layer, nn.Linear)
+    if activation == "relu":
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
+    else:
+        nn.init.xavier_normal_(layer.weight, generator=generator)
+    with torch.no_grad():
+        layer.weight.mul_(gain)
+    nn.init.zeros_(layer.bias)
+    return layer
