@@ -13,59 +13,67 @@ MEAN, VAR = torch.zeros(3), torch.ones(3)
 
 REFUSED = {
     "one value": (
-        dict(input=torch.ones(1, 3), training=True),
+        {"input": torch.ones(1, 3), "training": True},
         ValueError,
         r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 3\]\)",
     ),
-    "no channels": (dict(input=torch.ones(3)), ValueError, r"expected an input of shape \(N, C\) .*, got \[3\]"),
-    "integers": (dict(input=X.long()), TypeError, r"expected a floating point input, got torch.int64: convert it"),
-    "complex": (dict(input=X.cfloat()), TypeError, r"expected a floating point input, got torch.complex64"),
-    "narrow weight": (dict(weight=torch.ones(2)), RuntimeError, r"weight should contain 3 elements not 2"),
-    "narrow mean": (dict(running_mean=torch.ones(4)), RuntimeError, r"running_mean should contain 3 elements not 4"),
-    "2-D bias": (dict(bias=torch.ones(3, 1)), ValueError, r"bias should contain 3 elements not 3"),
-    "wide input": (dict(input=X.double()), RuntimeError, r"expected running_mean to be torch.float64 like the input
-    .*"), "no population": (
-        dict(running_mean=None, running_var=None),
+    "no channels": ({"input": torch.ones(3)}, ValueError, r"expected an input of shape \(N, C\) .*, got \[3\]"),
+    "integers": ({"input": X.long()}, TypeError, r"expected a floating point input, got torch.int64: convert it"),
+    "complex": ({"input": X.cfloat()}, TypeError, r"expected a floating point input, got torch.complex64"),
+    "narrow weight": ({"weight": torch.ones(2)}, RuntimeError, r"weight should contain 3 elements not 2"),
+    "narrow mean": ({"running_mean": torch.ones(4)}, RuntimeError, r"running_mean should contain 3 elements not 4"),
+    "2-D bias": ({"bias": torch.ones(3, 1)}, ValueError, r"bias should contain 3 elements not 3"),
+    "wide input": (
+        {"input": X.double()},
+        RuntimeError,
+        r"expected running_mean to be torch.float64 like the input .*, got torch.float32",
+    ),
+    "no population": (
+        {"running_mean": None, "running_var": None},
         RuntimeError,
         "running_mean must be defined in evaluation mode",
     ),
-    "half a population": (dict(running_var=None), RuntimeError, "running_var must be defined: give running_mean and"),
-    "eps 0": (dict(training=True, eps=0.0), ValueError, "batch_norm eps must be positive, got 0.0"),
-    "eps < 0": (dict(eps=-1e-5), ValueError, "eps must not be negative: -1e-05"),
-    "eps NaN": (dict(training=True, eps=float("nan")), ValueError, "eps must be positive, got nan"),
+    "half a population": ({"running_var": None}, RuntimeError, "running_var must be defined: give running_mean and"),
+    "eps 0": ({"training": True, "eps": 0.0}, ValueError, "batch_norm eps must be positive, got 0.0"),
+    "eps < 0": ({"eps": -1e-5}, ValueError, "eps must not be negative: -1e-05"),
+    "eps NaN": ({"training": True, "eps": float("nan")}, ValueError, "eps must be positive, got nan"),
     "activation": (
-        dict(activation="swish"),
+        {"activation": "swish"},
         ValueError,
         "expected activation to be one of 'none', 'relu', 'leaky_relu', 'silu', 'gelu', 'hardswish', got 'swish'",
     ),
     "residual": (
-        dict(residual=torch.ones(4, 3, 1)),
+        {"residual": torch.ones(4, 3, 1)},
         ValueError,
         r"expected a residual of the input's shape \[4, 3, 5\], got \[4, 3, 1\]",
     ),
-    "float mask": (dict(mask=torch.ones(4, 5)), TypeError, r"expected a boolean mask \(True = real\), got
-    torch.float32"), "mask shape": (
-        dict(mask=torch.ones(3, 5, dtype=torch.bool)),
+    "float mask": (
+        {"mask": torch.ones(4, 5)},
+        TypeError,
+        r"expected a boolean mask \(True = real\), got torch.float32",
+    ),
+    "mask shape": (
+        {"mask": torch.ones(3, 5, dtype=torch.bool)},
         ValueError,
         r"expected a mask broadcastable to \[4, 5\], got \[3, 5\]",
     ),
     "both": (
-        dict(mask=torch.ones(4, 5, dtype=torch.bool), lengths=torch.ones(4, dtype=torch.long)),
+        {"mask": torch.ones(4, 5, dtype=torch.bool), "lengths": torch.ones(4, dtype=torch.long)},
         ValueError,
         "expected mask or lengths, got both",
     ),
     "float lengths": (
-        dict(lengths=torch.ones(4)),
+        {"lengths": torch.ones(4)},
         ValueError,
         r"expected lengths as 4 integers, got torch.float32 \[4\]",
     ),
     "lengths for 4-D": (
-        dict(input=torch.ones(4, 3, 5, 2), lengths=torch.ones(4, dtype=torch.long)),
+        {"input": torch.ones(4, 3, 5, 2), "lengths": torch.ones(4, dtype=torch.long)},
         ValueError,
         r"lengths are for \(N, C, L\) input, got \[4, 3, 5, 2\]: give a mask of shape \(N, \*spatial\)",
     ),
     "no count": (
-        dict(training=True, momentum=None),
+        {"training": True, "momentum": None},
         ValueError,
         "momentum=None is the cumulative average and needs num_batches_tracked",
     ),

@@ -14,6 +14,8 @@ from oracles import batch_norm as oracle
 EPS = 1e-3
 SHAPES = {"(N, C)": (9, 4), "(N, C, L)": (5, 4, 7), "(N, C, H, W)": (3, 4, 5, 2), "(N, C, D, H, W)": (2, 4, 3, 2, 3)}
 
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 def draw(shape, dtype=torch.float64):
     x = torch.randn(shape, dtype=torch.float64) * 2 + 1
