@@ -27,14 +27,16 @@ class Headline:
     lrs: tuple[float, ...] = (0.3, 1.0, 2.0, 3.0, 4.0, 5.0)
     tune_steps: int = 1500
     steps: int = 2000
+    batch_steps: int = 1000
     conservative_lr: float = 0.3
     conservative_steps: int = 2500
     wide_init: float = 4.0
-    wide_steps: int = 700
+    wide_steps: int = 500
     wide_lrs: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
     relu_lrs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6)
     counter_steps: int = 400
     hot_factor: float = 30.0
+    hot_steps: int = 200
 
 
 @dataclass(frozen=True)
@@ -45,19 +47,20 @@ class Deep:
     lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
     lr: float = 1.0
     steps: int = 2000
-    batch_steps: int = 800
+    batch_steps: int = 500
     wide_init: float = 4.0
     wide_layers: int = 8
-    wide_lr: float = 1.0
+    wide_lr: float = 0.3
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The input of the last hidden layer while the net learns, looked at every ``every`` steps."""
+    """The input of the last hidden layer while the net learns, looked at every ``every`` steps; ``slow``: at ``slow_lr`` as well."""
 
     lr: float = 2.0
+    slow: bool = True
     slow_lr: float = 0.3
-    steps: int = 1000
+    steps: int = 800
     every: int = 20
     noise_shift: float = 1.0
     noise_scale: float = 0.75
@@ -72,15 +75,16 @@ class Preprocessing:
     linear_lrs: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
     linear_steps: int = 150
     deep_lr: float = 1.0
-    deep_steps: int = 1200
+    deep_steps: int = 1000
 
 
 @dataclass(frozen=True)
 class Identity:
     """What gamma and beta are for: an exact inverse, and a spiral that needs them."""
 
-    lr: float = 1.0
-    steps: int = 2000
+    lr: float = 2.0
+    steps: int = 1200
+    turns: float = 1.5
     width: int = 16
     points: int = 1000
     grid: int = 41
@@ -269,12 +273,24 @@ PRESETS: dict[str, StudyConfig] = {
     "default": StudyConfig(),
     "quick": StudyConfig(
         preset="quick",
-        headline=Headline(seeds=3, lrs=(1.0, 2.0, 4.0), steps=1200, tune_steps=1000, conservative_steps=1800),
-        deep=Deep(lrs=(1.0, 3.0), steps=1000, batch_steps=300),
-        distribution=Distribution(steps=600),
-        preprocessing=Preprocessing(
-            table_lrs=(0.3, 3.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=900
+        seeds=2,
+        headline=Headline(
+            seeds=3,
+            lrs=(1.0, 2.0, 4.0),
+            steps=1000,
+            batch_steps=300,
+            tune_steps=900,
+            conservative_steps=1600,
+            wide_steps=200,
+            wide_lrs=(0.5, 1.0),
+            relu_lrs=(0.2, 0.4),
+            hot_steps=100,
         ),
-        identity=Identity(steps=1500),
+        deep=Deep(lrs=(1.0, 3.0), steps=500, batch_steps=150, wide_layers=6),
+        distribution=Distribution(steps=700, slow=False),
+        preprocessing=Preprocessing(
+            table_lrs=(0.3, 3.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=500
+        ),
+        identity=Identity(steps=500, turns=1.25),
     ),
 }

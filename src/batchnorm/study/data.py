@@ -49,7 +49,7 @@ def breast_cancer(seed: int) -> Split:
     return _split(features, labels, BREAST_CANCER, seed)
 
 
-def spiral(seed: int, points: int = 1000, noise: float = 0.02, turns: float = 1.75) -> Split:
+def spiral(seed: int, points: int = 1000, noise: float = 0.02, turns: float = 1.5) -> Split:
     """Two interleaved arms of a spiral in the plane, radius 0 to 1, with Gaussian ``noise``; half train, half held out.
 
     Arm k in {0, 1}: radius r = sqrt(u), u uniform on (0, 1); angle 2 pi turns r + pi k; point r (cos, sin) + noise.

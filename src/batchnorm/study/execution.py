@@ -43,7 +43,7 @@ def train_mlp(
 
     Of the params, ``lr`` is required; ``norm``, ``layers``, ``width``, ``activation``, ``gain`` and ``noise`` go to
     :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); ``until`` ends the run when two evaluations
-    in a row are at that accuracy; ``fine_until`` is where evaluations get sparse.
+    in a row are at that accuracy; ``fine_until`` is where evaluations get sparse, to one in ``coarse`` steps.
     ``look(step, model)`` is called after each evaluation.
     """
     wanted = run.params
@@ -77,7 +77,7 @@ def train_mlp(
             steps=run.steps,
             batch=wanted["batch"],
             seed=run.seed,
-            at=training.evaluation_steps(run.steps, wanted.get("fine_until", 200)),
+            at=training.evaluation_steps(run.steps, wanted.get("fine_until", 200), coarse=wanted.get("coarse", 10)),
             watch=watch,
         )
         whole = time.perf_counter() - begun

@@ -60,11 +60,20 @@ def build(config: StudyConfig, found: Records, command: str = "") -> Summary:
         seconds=seconds,
         environment=facts,
         config=config.to_mapping(),
-        overview=_overview(parts),
+        overview=_overview(config, parts, complete),
         sections=tuple(parts),
         speedup_90=headline_page.speedup(config, found.where(section="headline")),
     )
 
 
-def _overview(parts: list[Section]) -> Table:
-    return Table("What was found", ("Question", "Answer"), tuple((part.question, part.headline) for part in parts))
+def _overview(config: StudyConfig, parts: list[Section], complete: bool) -> Table:
+    rows = tuple((part.question, part.headline) for part in parts)
+    notes = []
+    if config.preset == "quick":
+        notes.append(
+            f"A quick study: {config.headline.seeds} seeds in the headline, {config.seeds} elsewhere, shorter runs and "
+            "coarser grids than the default. A first look, no figures to quote."
+        )
+    if not complete:
+        notes.append("The study is not finished: this is what its finished runs say. Resume it for the rest.")
+    return Table("What was found", ("Question", "Answer"), rows, " ".join(notes))

@@ -21,7 +21,8 @@ def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothi
     wanted = config.distribution
     runs = []
     for seed in config.seed_list():
-        for lr, variants in ((wanted.lr, ("none", "batch", "noisy")), (wanted.slow_lr, ("none", "batch"))):
+        slow = ((wanted.slow_lr, ("none", "batch")),) if wanted.slow else ()
+        for lr, variants in ((wanted.lr, ("none", "batch", "noisy")), *slow):
             for variant in variants:
                 spec = {"lr": lr, "norm": variant, "batch": config.batch, "every": wanted.every}
                 if variant == "noisy":

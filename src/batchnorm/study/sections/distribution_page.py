@@ -140,8 +140,8 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         f"median over looks after step {FROM}",
         "noisy BN": f"after BN, each step and unit: scale from 1 +- {short(wanted.noise_scale)}, shift from "
         f"+- {short(wanted.noise_shift)}, uniform; in force in the looks, not in the accuracy",
-        "training": f"plain SGD, batch {config.batch}, {wanted.steps} steps, rates {short(wanted.lr)} and "
-        f"{short(wanted.slow_lr)}",
+        "training": f"plain SGD, batch {config.batch}, {wanted.steps} steps, rates "
+        + listed((wanted.lr, wanted.slow_lr) if wanted.slow else (wanted.lr,)),
         "seeds": listed(config.seed_list()),
     }
 

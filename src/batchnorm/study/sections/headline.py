@@ -60,8 +60,8 @@ def _measuring(config: StudyConfig, tuned: dict[str, float]) -> list[Run]:
     for seed in config.seed_list("headline"):
         # Evaluated finely for longer: where the net with BN passes the tuned baseline's best is to be resolved as well.
         runs += [
-            _run(config, "tuned", norm, seed, tuned["tuned"], wanted.steps, case="tuned", fine_until=300)
-            for norm in ("none", "batch")
+            _run(config, "tuned", norm, seed, tuned["tuned"], steps, case="tuned", fine_until=300)
+            for norm, steps in (("none", wanted.steps), ("batch", wanted.batch_steps))
         ]
     for seed in config.seed_list():
         slow, few = wanted.conservative_lr, wanted.counter_steps
@@ -78,7 +78,9 @@ def _measuring(config: StudyConfig, tuned: dict[str, float]) -> list[Run]:
                 _run(config, "wide-init", norm, seed, tuned["wide-init"], wanted.wide_steps, case="wide-init", **wide)
             )
             runs.append(_run(config, "relu", norm, seed, tuned["relu"], few, case="relu", until=FURTHER, **relu))
-        runs.append(_run(config, "hot", "batch", seed, wanted.hot_factor * tuned["tuned"], few, case="hot"))
+        runs.append(
+            _run(config, "hot", "batch", seed, wanted.hot_factor * tuned["tuned"], wanted.hot_steps, case="hot")
+        )
     return runs
 
 

@@ -37,12 +37,14 @@ def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothi
     for seed in config.seed_list():
         runs.append(Run(run_id("identity", "algebra", seed=seed), "identity", "algebra", seed, 1, 0.01))
         for norm in TITLES:
-            spec = {
+            spec: dict[str, Any] = {
+                "coarse": 20,
                 "lr": wanted.lr,
                 "norm": norm,
                 "batch": config.batch,
                 "width": wanted.width,
                 "points": wanted.points,
+                "turns": wanted.turns,
             }
             # The regions are drawn for one seed: the others' are as different as the arms are alike.
             spec["grid"] = wanted.grid if seed == config.seed else 0
@@ -61,7 +63,7 @@ def execute(run: Run, report: Report) -> list[Record]:
     from batchnorm.study import data
     from batchnorm.study.execution import train_mlp
 
-    split = data.spiral(run.seed, run.params["points"])
+    split = data.spiral(run.seed, run.params["points"], turns=run.params["turns"])
     lines, model = train_mlp(run, split, report)
     side = run.params["grid"]
     if side:
@@ -157,7 +159,7 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
     wanted = config.identity
     return {
         "algebra": "BatchNorm1d(100) in train mode on 256 random rows, gamma and beta set by hand",
-        "data": f"two-arm spiral, {wanted.points} points: half train, a quarter validation, a quarter test, per seed",
+        "data": f"two-arm spiral, {short(wanted.turns)} turns, {wanted.points} points: half train, a quarter validation, a quarter test, per seed",
         "network": f"2 - 3 x {wanted.width} sigmoid - 2, Xavier normal weights, biases 0",
         "training": f"plain SGD, rate {short(wanted.lr)}, batch {config.batch}, {wanted.steps} steps",
         "accuracy": "the best test accuracy that two evaluations in a row hold",

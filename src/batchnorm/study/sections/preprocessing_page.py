@@ -78,9 +78,9 @@ def _shows(table: dict[str, Records], linear: dict[str, tuple[float | None, Spre
 def _does_not_show(deep: dict[str, Records]) -> Iterator[str]:
     arrived = {kind: _arrival(found) for kind, found in deep.items()}
     first = min(arrived, key=lambda kind: float("inf") if (value := arrived[kind].median) is None else value)
-    surprise = "the raw pixels, which undo the small start of the weights" if first == "raw" else TITLES[first]
+    surprise = "the raw pixels, which undo the small start of the weights" if first == "raw" else f"the {TITLES[first]}"
     yield (
-        f"That more preparation is always faster: in the 3 x 100 sigmoid net on digits the fastest input is {surprise} ("
+        f"That more preparation is always faster: in the 3 x 100 sigmoid net on digits the fastest are {surprise} ("
         + listed(f"{TITLES[kind]} {ranged(steps)}" for kind, steps in arrived.items())
         + " steps to 90%)."
     )

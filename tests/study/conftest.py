@@ -1,0 +1,40 @@
+"""A study of a handful of steps: everything happens in it, nothing is learned."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from batchnorm.study.config import Deep, Distribution, Headline, Identity, Preprocessing, StudyConfig
+
+TINY = StudyConfig(
+    seeds=1,
+    headline=Headline(
+        seeds=2,
+        lrs=(1.0, 2.0),
+        tune_steps=6,
+        steps=8,
+        conservative_steps=6,
+        wide_steps=4,
+        wide_lrs=(1.0,),
+        relu_lrs=(0.3,),
+        counter_steps=6,
+    ),
+    deep=Deep(layers=2, wide_layers=3, lrs=(1.0,), steps=6, batch_steps=6),
+    distribution=Distribution(steps=160, every=40),
+    preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
+    identity=Identity(steps=8, points=200, grid=5),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> StudyConfig:
+    """The tiny study, all sections."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def tiny_headline() -> StudyConfig:
+    """The tiny study's headline alone."""
+    return dataclasses.replace(TINY, sections=("headline",))
