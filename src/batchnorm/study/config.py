@@ -55,7 +55,10 @@ class Deep:
 
 @dataclass(frozen=True)
 class Distribution:
-    """The input of the last hidden layer while the net learns, looked at every ``every`` steps; ``slow``: at ``slow_lr`` as well."""
+    """The input of the last hidden layer while the net learns, looked at every ``every`` steps.
+
+    ``slow`` says whether the pair is run at ``slow_lr`` as well.
+    """
 
     lr: float = 2.0
     slow: bool = True
@@ -241,8 +244,9 @@ def _require_positive(table: Any, prefix: str) -> None:
             continue
         numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
+            counts = isinstance(number, int | float) and not isinstance(number, bool)
             # `not >` rather than `<=`: NaN is refused too. A seed may be 0.
-            if isinstance(number, int | float) and item.name != "seed" and not 0 < number < float("inf"):
+            if counts and item.name != "seed" and not 0 < number < float("inf"):
                 raise ConfigError(f"expected a positive {prefix}{item.name}, got {number}")
 
 

@@ -159,7 +159,8 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
     wanted = config.identity
     return {
         "algebra": "BatchNorm1d(100) in train mode on 256 random rows, gamma and beta set by hand",
-        "data": f"two-arm spiral, {short(wanted.turns)} turns, {wanted.points} points: half train, a quarter validation, a quarter test, per seed",
+        "data": f"two-arm spiral, {short(wanted.turns)} turns, {wanted.points} points: half train, a quarter "
+        "validation, a quarter test, drawn per seed",
         "network": f"2 - 3 x {wanted.width} sigmoid - 2, Xavier normal weights, biases 0",
         "training": f"plain SGD, rate {short(wanted.lr)}, batch {config.batch}, {wanted.steps} steps",
         "accuracy": "the best test accuracy that two evaluations in a row hold",
