@@ -88,11 +88,11 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Gradients don't flow through this, see ``to_module``. Raises InputError (infinite values), ShapeError,
         DtypeError, scikit-learn's NotFittedError.
         """
-        return self._transform(X, inverse=False)
+        return self._transform(X, inverse=False, copy=None)
 
     def inverse_transform(self, X: Any) -> Any:
         """Undo ``transform``: back to the data's own units."""
-        return self._transform(X, inverse=True)
+        return self._transform(X, inverse=True, copy=None)
 
     def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """``transform`` as an ``nn.Module`` in front of a network: differentiable, exportable, its numbers in buffers.
@@ -160,9 +160,15 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         raise NotImplementedError
 
     def _complete(self) -> None:
-        """What ``fit`` does after ``_publish`` and ``partial_fit`` leaves until it is needed."""
+        """What ``fit`` does after ``_publish`` and ``partial_fit``, of which more may come, leaves until later."""
+        warn_of_empty(self)
 
-    def _map(self, batch: Batch, inverse: bool) -> Tensor:
+    def _seen(self) -> Tensor:
+        """Which features have had a value."""
+        raise NotImplementedError
+
+    def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:
+        """The transform; ``copy=False`` may write into the batch, None leaves that to the parameter."""
         raise NotImplementedError
 
     def _extra_state(self) -> dict[str, Tensor]:
@@ -197,12 +203,12 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.__dict__.clear()
         self.__dict__.update(before)
 
-    def _transform(self, X: Any, *, inverse: bool) -> Any:
+    def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
         check_is_fitted(self)
         batch = read(self, X, reset=False, check_names=not inverse)
         refuse_infinite(self, batch)
         with torch.no_grad():
-            out = self._map(batch, inverse)
+            out = self._map(batch, inverse, copy)
         return give_back(self, batch, out)
 
     def _refuse_unusable(self, batch: Batch, *statistics: Tensor) -> None:
@@ -222,14 +228,14 @@ def samples_seen(count: Tensor) -> int | float | Array:
     return counts[0].item() if bool((counts == counts[0]).all()) else counts
 
 
-def warn_of_empty(estimator: Normalizer, count: Tensor) -> None:
+def warn_of_empty(estimator: Normalizer) -> None:
     """Warn of features without a single value: their statistics are NaN, as in scikit-learn."""
-    empty = (count == 0).nonzero().flatten().tolist()
+    empty = (~estimator._seen()).nonzero().flatten().tolist()
     if empty:
         warnings.warn(
             f"{type(estimator).__name__} saw only NaN in feature {', '.join(map(str, empty))}: its statistics are NaN",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.moments import Moments
-from batchnorm.preprocessing.base import Array, samples_seen, warn_of_empty
+from batchnorm.preprocessing.base import Array, samples_seen
 from batchnorm.preprocessing.elementwise import Affine, ElementwiseNormalizer
 from batchnorm.preprocessing.inputs import Batch
 
@@ -24,7 +24,9 @@ class MomentsNormalizer(ElementwiseNormalizer):
 
     def _publish(self) -> None:
         self.n_samples_seen_ = samples_seen(self._stats.count)
-        warn_of_empty(self, self._stats.count)
+
+    def _seen(self) -> Tensor:
+        return self._stats.count > 0
 
     def _mean(self) -> Tensor:
         """The mean, NaN where no value was seen."""
@@ -43,7 +45,7 @@ class MeanSubtractor(MomentsNormalizer):
 
     Attributes: ``mean_`` (features,) float64, ``n_samples_seen_``, ``n_features_in_``, ``feature_names_in_``.
 
-    A feature that is NaN throughout has the mean NaN (and a RuntimeWarning); for the rest see the methods.
+    A feature that is NaN throughout has the mean NaN (``fit`` gives a RuntimeWarning); for the rest see the methods.
     """
 
     mean_: Array

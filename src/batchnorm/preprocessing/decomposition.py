@@ -113,7 +113,7 @@ def solve(
         warnings.warn(
             f"n_components={n_components}, but only {solution.rank} directions have variance: kept those",
             UserWarning,
-            stacklevel=2,
+            stacklevel=6,
         )
     return solution
 

@@ -49,8 +49,8 @@ class ElementwiseNormalizer(Normalizer):
     def _affine(self) -> Affine:
         raise NotImplementedError
 
-    def _map(self, batch: Batch, inverse: bool) -> Tensor:
-        return self._affine().apply(batch, inverse=inverse, in_place=not self.copy)
+    def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:
+        return self._affine().apply(batch, inverse=inverse, in_place=not (self.copy if copy is None else copy))
 
     def to_module(self, dtype: torch.dtype = torch.float32) -> ScalingModule:
         check_is_fitted(self)

@@ -92,7 +92,7 @@ def _check_tensor(X: Tensor, channel_axis: int | None) -> Tensor:
     if X.ndim < 2:
         raise ShapeError(f"X must be at least 2-D (samples, channels, ...), got {X.ndim}-D")
     if X.shape[0] == 0:
-        raise ShapeError(f"Found array with 0 sample(s) (shape={tuple(X.shape)}) while a minimum of 1 is required")
+        raise ShapeError(f"Found array with 0 sample(s) (shape={tuple(X.shape)}) while a minimum of 1 is required.")
     if X.numel() == 0:
         raise ShapeError(f"Found array with 0 feature(s) (shape={tuple(X.shape)}) while a minimum of 1 is required.")
     return X
@@ -110,8 +110,17 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
     except ValueError as error:
         text = str(error)
         if text.startswith("Expected 2D array"):
-            text = _not_2d(np.ndim(X))
-        raise (ShapeError if "feature" in text or "array" in text else InputError)(text) from error
+            raise ShapeError(_not_2d(np.ndim(X))) from error
+        if "bytes/strings" in text or "could not convert string" in text:
+            found = text.partition("float: ")[2]
+            where = f"X ({found})" if found else "X"
+            raise InputError(
+                f"expected numbers, got text in {where}: encode or drop the columns that hold it"
+            ) from error
+        # One line, but for the list of feature names, which scikit-learn's own checks compare with its line breaks.
+        text = text if text.startswith("The feature names") else text.partition("\n")[0]
+        shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but", "inhomogeneous"))
+        raise (ShapeError if shape else InputError)(text) from error
     if array.ndim < 2:
         raise ShapeError(f"X must be at least 2-D (samples, channels, ...), got {array.ndim}-D")
     return array
@@ -170,7 +179,7 @@ def refuse_infinite(estimator: Any, batch: Batch) -> None:
         if bool(infinite.any()):
             index = [int(i) for i in infinite.nonzero()[0]]
             row, column = index[0] + block.start, index[batch.axis]
-            names = getattr(estimator, "feature_names_in_", None)
+            names = getattr(batch.source, "columns", getattr(estimator, "feature_names_in_", None))
             label = f" ({str(names[column])!r})" if names is not None and column < len(names) else ""
             where = f"row {row}, column {column}{label}"
             raise InputError(f"Input X contains infinity: {where}; remove the row, or write NaN for a missing value")
@@ -184,8 +193,14 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
     configured = getattr(estimator, "_sklearn_output_config", {}).get("transform")
     if configured is None and get_config()["transform_output"] != "default":
         configured = get_config()["transform_output"]
+    frame = configured not in (None, "default")
+    if frame and out.ndim != 2:
+        raise ShapeError(
+            f"set_output(transform={configured!r}) needs 2-D results, got shape {tuple(out.shape)}: "
+            'use set_output(transform="default")'
+        )
     if isinstance(batch.source, Tensor):
-        if configured in (None, "default"):
+        if not frame:
             return out
         return (out.float() if out.dtype == torch.bfloat16 else out).cpu().numpy()
     array = out.numpy()

@@ -15,7 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from batchnorm._errors import BatchnormError, OutputError, StatisticsFileError
+from batchnorm._errors import BatchnormError, InputError, OutputError, StatisticsFileError
 from batchnorm.preprocessing.base import Normalizer
 
 _FORMAT = "batchnorm.preprocessing"
@@ -96,6 +96,9 @@ def load(path: str | PathLike[str]) -> Any:
             estimator.feature_names_in_ = np.asarray(header["feature_names"], dtype=object)
         estimator._check_parameters()
         estimator._read_state(tensors)
+        names = header["feature_names"]
+        if estimator._stats.num_features != header["features"] or (names and len(names) != header["features"]):
+            raise InputError(f"its statistics are not those of {header['features']} features")
     except (BatchnormError, KeyError, TypeError, ValueError) as error:
         raise StatisticsFileError(f"{str(source)!r} does not describe a fitted estimator: {_line(error)}") from error
     return estimator

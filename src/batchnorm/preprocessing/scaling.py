@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchnorm._errors import InputError, ShapeError
 from batchnorm.moments.blocks import cut_blocks
-from batchnorm.preprocessing.base import Array, is_constant, samples_seen, warn_of_empty
+from batchnorm.preprocessing.base import Array, is_constant, samples_seen
 from batchnorm.preprocessing.centering import MomentsNormalizer
 from batchnorm.preprocessing.elementwise import Affine, ElementwiseNormalizer
 from batchnorm.preprocessing.inputs import Batch
@@ -29,7 +29,8 @@ class StandardScaler(MomentsNormalizer):
 
     A feature that cannot be told from a constant has the scale 1, so that rounding errors are never amplified: its
     deviation is at most ``n eps |mean|``, the error bound of the computation (Chan, Golub, LeVeque 1983; ``n`` capped
-    at 2^14, see ``base.is_constant``). A feature that is NaN throughout has NaN statistics (and a RuntimeWarning).
+    at 2^14, see ``base.is_constant``). A feature that is NaN throughout has NaN statistics, of which
+    ``fit`` warns (RuntimeWarning).
     """
 
     mean_: Array | None
@@ -43,6 +44,14 @@ class StandardScaler(MomentsNormalizer):
         self.with_mean = with_mean
         self.with_std = with_std
         self.channel_axis = channel_axis
+
+    def transform(self, X: Any, copy: bool | None = None) -> Any:
+        """Normalize ``X``, see ``MeanSubtractor``; ``copy`` overrides the parameter, as in scikit-learn."""
+        return self._transform(X, inverse=False, copy=copy)
+
+    def inverse_transform(self, X: Any, copy: bool | None = None) -> Any:
+        """Undo ``transform``; ``copy`` overrides the parameter, as in scikit-learn."""
+        return self._transform(X, inverse=True, copy=copy)
 
     def _scale(self) -> Tensor:
         return torch.where(is_constant(self._stats), 1.0, self._stats.std())
@@ -128,7 +137,7 @@ class MinMaxScaler(ElementwiseNormalizer):
 
     A feature whose values are all within one rounding error (an ulp of float64) of one constant counts as constant: as
     in scikit-learn its range is taken for 1, and it comes out as ``a``. A feature that is NaN throughout has NaN
-    statistics (and a RuntimeWarning).
+    statistics (``fit`` gives a RuntimeWarning).
     """
 
     _stats: Extrema
@@ -173,15 +182,17 @@ class MinMaxScaler(ElementwiseNormalizer):
         self._refuse_unusable(batch, stats.low[seen], stats.high[seen], (stats.high - stats.low)[seen])
         return stats
 
+    def _seen(self) -> Tensor:
+        return self._stats.low <= self._stats.high
+
     def _range(self) -> tuple[Tensor, Tensor]:
         """The minimum and the range, NaN where no value was seen."""
-        seen = self._stats.low <= self._stats.high
+        seen = self._seen()
         low = torch.where(seen, self._stats.low, torch.nan)
         return low, torch.where(seen, self._stats.high - self._stats.low, torch.nan)
 
     def _publish(self) -> None:
         low, extent = self._range()
-        warn_of_empty(self, torch.isfinite(low))
         affine = self._affine()
         self.n_samples_seen_ = samples_seen(self._stats.count)  # type: ignore[assignment]
         self.data_min_ = low.numpy()

@@ -221,13 +221,13 @@ class Whitener(Normalizer):
 
     # Using it
 
-    def _transform(self, X: Any, *, inverse: bool) -> Any:
+    def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
         check_is_fitted(self)
         outputs = self._solve().whitening.shape[0] if inverse else None
         batch = read(self, X, reset=False, check_names=not inverse, num_features=outputs)
         refuse_infinite(self, batch)
         with torch.no_grad():
-            out = self._map(batch, inverse)
+            out = self._map(batch, inverse, copy)
         return give_back(self, batch, out, self._columns(inverse))
 
     def _columns(self, inverse: bool) -> list[str] | None:
@@ -237,7 +237,7 @@ class Whitener(Normalizer):
         names: Array = super().get_feature_names_out() if inverse else self.get_feature_names_out()
         return list(names)
 
-    def _map(self, batch: Batch, inverse: bool) -> Tensor:
+    def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:  # noqa: ARG002 -- always a new tensor
         solution, scatter = self._solve(), self._scatter()
         device = batch.values.device
         mean, low = scatter.mean.to(device), scatter.mean_low.to(device)
