@@ -141,7 +141,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
         _, error = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, error
     assert re.fullmatch(
         r"batchnorm: interrupted, \d+ finished runs? kept in \S+; "
         r"go on with: batchnorm study --resume --out \S+\n",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ class Visit:
         return str(self.page.eval_on_selector(selector, script))
 
 
+def until(happened: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for something; playwright's wait_for_function would evaluate in the page, whose policy forbids that."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
 @pytest.fixture
 def visit(browser: Any, page_file: Path) -> Iterator[Any]:
     visits: list[Visit] = []
@@ -200,7 +209,7 @@ def test_the_theme_follows_the_system_and_the_button_and_takes_the_plots_along(v
     other = visit(scheme="light")
     assert (other.colours("body", "backgroundColor"), other.colours(line)) == light
     other.page.emulate_media(color_scheme="dark")
-    other.page.wait_for_function(f"getComputedStyle(document.querySelector('{line}')).stroke === '{dark[1]}'")
+    until(lambda: other.colours(line) == dark[1])
     assert other.colours("body", "backgroundColor") == dark[0]
 
 
@@ -227,7 +236,7 @@ def test_the_contents_follow_the_reader(visit: Any) -> None:
     seen = visit()
     assert seen.page.inner_text(".toc [aria-current]") == "Summary"
     seen.page.click('.toc a[href="#identity"]')
-    seen.page.wait_for_function("document.querySelector('.toc [aria-current]').hash === '#identity'")
+    until(lambda: seen.page.eval_on_selector(".toc [aria-current]", "(link) => link.hash") == "#identity")
     assert seen.page.evaluate("document.getElementById('identity').getBoundingClientRect().top") < 200
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from batchnorm._errors import MissingDependencyError
-from batchnorm.report.figures import plot
+from batchnorm.report.figures import peers, plot
 from batchnorm.study.document import Series
 from report import samples
 
@@ -148,3 +148,28 @@ def test_without_plotly_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builtins, "__import__", without_plotly)
     with pytest.raises(MissingDependencyError, match=r"plotly.*pip install 'batchnorm\[report\]'"):
         plot(samples.lines())
+
+
+def test_figures_that_differ_in_one_word_stand_together_on_one_scale() -> None:
+    low = samples.lines(title="Input of a unit: without", y_range=None)
+    raised = dataclasses.replace(low.series[1], y=tuple(10.0 for _ in low.series[1].y))
+    high = samples.lines(title="Input of a unit: BN", y_range=None, series=(raised,))
+    other = samples.lines(title="Something else")
+    groups = peers([other, low, high, other])
+    assert groups == [[other], [low, high], [other]]
+    ranges = [list(plot(figure, groups[1]).panels[0].layout["yaxis"]["range"]) for figure in (low, high)]
+    assert ranges[0] == ranges[1]
+    assert ranges[0][0] < -0.1
+    assert ranges[0][1] > 10
+    # Alone, each has its own.
+    assert "range" not in plot(low).panels[0].layout["yaxis"]
+
+
+def test_grids_that_stand_together_share_their_colours() -> None:
+    grid = samples.small_grid().series[0]
+    first = dataclasses.replace(samples.small_grid(), title="Robustness: none")
+    brighter = dataclasses.replace(grid, z=((0.5, 2.0, 0.97, 0.9), (0.86, 0.95, 0.98, 0.98)))
+    second = dataclasses.replace(first, title="Robustness: batch", series=(brighter,))
+    (group,) = peers([first, second])
+    ends = [(panel.data[0]["zmin"], panel.data[0]["zmax"]) for item in group for panel in plot(item, group).panels]
+    assert ends == [(0.1, 2.0), (0.1, 2.0)]

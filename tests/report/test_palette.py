@@ -38,7 +38,7 @@ def test_every_role_of_the_document_has_colours_and_shades_go_round() -> None:
     assert set(palette.ROLES) == {"none", "batch", "control", "other", "data-a", "data-b"}
     assert palette.shade("batch", 0) == "var(--batch-0)"
     assert palette.shade("batch", len(palette.ROLES["batch"])) == "var(--batch-0)"
-    assert palette.band("none", 1) == "var(--none-1-band)"
+    assert palette.band(palette.shade("none", 1)) == "var(--none-1-band)"
 
 
 def test_both_themes_have_the_same_names_and_other_colours() -> None:

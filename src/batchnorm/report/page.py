@@ -11,7 +11,7 @@ from typing import Any
 
 from batchnorm._errors import BatchnormError, MissingDependencyError, OutputError
 from batchnorm.report import palette
-from batchnorm.report.figures import Plot, plot
+from batchnorm.report.figures import Plot, peers, plot
 from batchnorm.report.headline import headline
 from batchnorm.report.numbers import column, duration, is_numeric, plain
 from batchnorm.study.document import Cell, Figure, Section, Summary, Table
@@ -45,7 +45,7 @@ class _Drawn:
 class _Part:
     id: str
     section: Section
-    figures: tuple[_Drawn, ...]
+    rows: tuple[tuple[_Drawn, ...], ...]
     tables: tuple[_Grid, ...]
 
 
@@ -109,7 +109,8 @@ def render(summary: Summary) -> str:
             plots={
                 f"{drawn.id}-{index}": {"data": panel.data, "layout": panel.layout, "flipped": drawn.plot.flipped}
                 for part in parts
-                for drawn in part.figures
+                for row in part.rows
+                for drawn in row
                 for index, panel in enumerate(drawn.plot.panels)
             },
             themes=[(dark, palette.variables(dark)) for dark in (False, True)],
@@ -164,9 +165,12 @@ def _parts(sections: Sequence[Section]) -> list[_Part]:
     taken: set[str] = {"top", "overview", "environment"}
     parts = []
     for section in sections:
-        figures = tuple(_Drawn(_anchor(f"fig-{item.id}", taken), item, plot(item)) for item in section.figures)
+        rows = tuple(
+            tuple(_Drawn(_anchor(f"fig-{item.id}", taken), item, plot(item, group)) for item in group)
+            for group in peers(section.figures)
+        )
         tables = tuple(_grid(item) for item in section.tables)
-        parts.append(_Part(_anchor(section.name, taken), section, figures, tables))
+        parts.append(_Part(_anchor(section.name, taken), section, rows, tables))
     return parts
 
 

@@ -46,9 +46,9 @@ def shade(role: str, occurrence: int) -> str:
     return f"var(--{role}-{occurrence % len(ROLES[role])})"
 
 
-def band(role: str, occurrence: int) -> str:
-    """The same colour, nearly transparent: the spread over seeds."""
-    return f"var(--{role}-{occurrence % len(ROLES[role])}-band)"
+def band(colour: str) -> str:
+    """A plot colour, nearly transparent: the spread over seeds."""
+    return f"{colour.removesuffix(')')}-band)"
 
 
 def variables(dark: bool) -> dict[str, str]:

@@ -69,7 +69,10 @@
     root.dataset.plots = "drawn";
   };
   let drawing = drawAll();
-  const redraw = () => { drawing = drawing.then(drawAll); };
+  const redraw = () => {
+    delete root.dataset.plots;
+    drawing = drawing.then(drawAll);
+  };
 
   for (const key of document.querySelectorAll(".keys button")) {
     key.addEventListener("click", () => {
