@@ -29,7 +29,7 @@ def test_lines_keep_their_values_their_gaps_and_the_colour_of_their_role() -> No
     ]
     assert [trace["line"]["dash"] for trace in drawn] == ["solid", "solid", "dash", "solid"]
     assert list(drawn[3]["y"])[:2] == [None, pytest.approx(figure.series[3].y[1], rel=1e-5)]
-    assert drawn[0]["customdata"][0].startswith(" (0.06")
+    assert list(drawn[0]["customdata"][0]) == ["0.101", " (0.061 \u2013 0.131)"]
 
 
 def test_the_band_is_parted_where_a_seed_is_missing_and_lies_below_all_lines() -> None:
@@ -134,7 +134,7 @@ def test_a_series_with_whiskers_but_without_upper_end_is_drawn() -> None:
     figure = dataclasses.replace(samples.points(), series=(series,))
     (trace,) = plot(figure).panels[0].data
     assert list(trace["error_y"]["array"]) == [0, 0]
-    assert trace["customdata"][0] == " (2 \u2013 never)"
+    assert [list(text) for text in trace["customdata"]] == [["3", " (2 \u2013 never)"], ["", ""]]
 
 
 def test_without_plotly_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ answer at once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -55,30 +56,41 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # A terminal without Unicode gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    code = _run(arguments)
+    if code == INTERRUPTED and arguments is None:
+        # CPython remembers an interrupt that went through an exec(), as imports of torch are full of, and would then
+        # die of the signal after all. The exit code is a promise, so leave past that memory, tidied up as usual.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    words = None if arguments is None else list(arguments)
     try:
-        code = cli.main(
-            args=None if arguments is None else list(arguments), prog_name="batchnorm", standalone_mode=False
-        )
+        code = cli.main(args=words, prog_name="batchnorm", standalone_mode=False)
         sys.stdout.flush()
     except click.UsageError as error:
         # In the contexts' names, not in the file's, so that `python -m batchnorm` says the same.
         path = error.ctx.command_path if error.ctx else "batchnorm"
-        _fail(f"{error.format_message()} (see {path} --help)", 2)
+        return _fail(f"{error.format_message()} (see {path} --help)", 2)
     except click.ClickException as error:
-        _fail(error.format_message(), 1)
+        return _fail(error.format_message(), 1)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read us has left (`batchnorm ... | head`); at exit Python would complain about the pipe once more.
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except BatchnormError as error:
-        _fail(str(error), 1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(str(error), 1)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int) -> int:
     # One line, whatever an inner message holds: logs and scripts read it by the line.
     click.echo(f"batchnorm: {' '.join(message.split())}", err=True)
-    sys.exit(code)
+    return code
