@@ -82,7 +82,11 @@ class _Study:
         self.later: dict[str, float] = {}
         self.queue: list[Run] = []
         self.partial: dict[str, float] = {}
-        self.done: set[str] = set(Records(tuple(lines)).finished()) - {ENVIRONMENT.id}
+        self.done: set[str] = {
+            line["run"]
+            for line in lines
+            if line["metric"] == records.FINISHED and line["section"] != ENVIRONMENT.section
+        }
         self.fraction = 0.0
         self.first_fraction = 0.0
 

@@ -52,10 +52,12 @@ def _shows(table: dict[str, Records], linear: dict[str, tuple[float | None, Spre
     tops = [_final(table["raw"].where(lr=lr)).median for lr in _lrs(table["raw"])]
     majority = table["raw"].value("majority")
     known = [top for top in tops if top is not None]
-    if majority is not None and max(known) <= majority + NOISE:
+    ends = [curve[-1][1] for curve in curves(table["raw"], "accuracy")]
+    if majority is not None and all(min(abs(end - majority), abs(1 - end - majority)) < NOISE for end in ends):
         yield (
-            f"Raw, at every one of {len(known)} rates the net ends by always naming the larger class "
-            f"({share(max(known))} of the test cases): features of size 1000 hold the sigmoids at their ends."
+            f"Raw, the net ends by naming one class whatever it is shown, in all {len(ends)} runs over {len(known)} "
+            f"rates (right in {share(majority)} of the test cases if it is the larger): features of size 1000 hold the "
+            "sigmoids at their ends."
         )
     else:
         yield f"Raw, over {len(known)} rates, the net ends between {share(min(known))} and {share(max(known))}."
@@ -117,6 +119,8 @@ def _figures(
     shown = []
     kinds: tuple[tuple[str, Role], ...] = (("raw", "none"), ("standardized", "batch"), ("whitened", "control"))
     for kind, role in kinds:
+        if not table[kind].lines:  # an interrupted study
+            continue
         lr = _best_rate(table[kind])[0]
         shown.append(band(f"{TITLES[kind]}, rate {short(lr)}", curves(table[kind].where(lr=lr), "accuracy"), role))
     yield Figure(

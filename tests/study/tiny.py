@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import pytest
-
 from batchnorm.study.config import Deep, Distribution, Headline, Identity, Preprocessing, StudyConfig
 
 TINY = StudyConfig(
@@ -15,6 +11,8 @@ TINY = StudyConfig(
         lrs=(1.0, 2.0),
         tune_steps=6,
         steps=8,
+        batch_steps=8,
+        hot_steps=4,
         conservative_steps=6,
         wide_steps=4,
         wide_lrs=(1.0,),
@@ -26,15 +24,3 @@ TINY = StudyConfig(
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
 )
-
-
-@pytest.fixture(scope="session")
-def tiny() -> StudyConfig:
-    """The tiny study, all sections."""
-    return TINY
-
-
-@pytest.fixture(scope="session")
-def tiny_headline() -> StudyConfig:
-    """The tiny study's headline alone."""
-    return dataclasses.replace(TINY, sections=("headline",))
