@@ -94,11 +94,12 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_time_left_is_told_in_steps_that_do_not_flicker() -> None:
-    told = [progress.time_left(events.Event(0.5, left, 1.0)) for left in (None, 0.2, 51.9, 63.0, 128.0)]
+    told = [progress.time_left(events.Event(0.5, left, 1.0)) for left in (None, 0.2, 51.9, 58.0, 63.0, 128.0)]
     assert told == [
         "estimating the time left",
-        "about 5.0 s left",
+        "about 5 s left",
         "about 50 s left",
+        "about 1 min 00 s left",
         "about 1 min 00 s left",
         "about 2 min 10 s left",
     ]

@@ -162,4 +162,5 @@ def time_left(event: events.Event) -> str:
     if event.seconds_left is None:
         return "estimating the time left"
     left = event.seconds_left
-    return f"about {duration(max(5 * round(left / 5), 5) if left < 60 else 10 * round(left / 10))} left"
+    told = f"{max(5 * round(left / 5), 5)} s" if left < 57 else duration(10 * round(left / 10))
+    return f"about {told} left"
