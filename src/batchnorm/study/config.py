@@ -293,7 +293,7 @@ PRESETS: dict[str, StudyConfig] = {
         deep=Deep(lrs=(1.0, 3.0), steps=500, batch_steps=150, wide_layers=6),
         distribution=Distribution(steps=700, slow=False),
         preprocessing=Preprocessing(
-            table_lrs=(0.3, 3.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=500
+            table_lrs=(0.1, 1.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=500
         ),
         identity=Identity(steps=500, turns=1.25),
     ),

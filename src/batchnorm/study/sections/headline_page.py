@@ -196,7 +196,8 @@ def _final(case: Case) -> str:
     ends = spread([other for _, other in tops]).median, spread([one for one, _ in tops]).median
     return (
         f"{case.title}, best test accuracy: {share(ends[0])} with BN within {batch[-1][0]} steps, {share(ends[1])} "
-        f"without within {plain[-1][0]}: {verdict} (less than {share(NOISE)} is noise)."
+        f"without within {plain[-1][0]}; seed by seed {100 * gain.median:+.1f} points: {verdict} (up to "
+        f"{100 * NOISE:.0f} point is noise)."
     )
 
 
