@@ -226,6 +226,8 @@ def test_scatter_takes_positions_as_samples_and_leaves_out_incomplete_ones(
     got = Scatter.from_batch(x, mask=mask, skip_nan=True)
     assert float(got.count) == len(rows)
     np.testing.assert_allclose(got.cov().numpy(), np.cov(rows.numpy().T, bias=True), rtol=1e-11, atol=1e-14)
+    absent = Scatter.from_batch([[1.0, 2.0], [torch.nan, torch.inf], [3.0, 0.0]], weights=[1, 0, 2])
+    np.testing.assert_allclose(absent.cov().numpy(), np.cov([[1, 3, 3], [2, 0, 0]], bias=True), rtol=1e-14)
     spoilt = torch.isnan(Scatter.from_batch(x).scatter)
     assert spoilt.sum() == 5
     assert spoilt[2].all()

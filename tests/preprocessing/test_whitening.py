@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
 from batchnorm.preprocessing import Whitener
+from batchnorm.preprocessing.decomposition import cholesky_whitening, default_tolerance, fix_signs
 from oracles.preprocessing import ledoit_wolf, whitening_matrix
 
 METHODS = ("pca", "zca", "cholesky", "pca-cor", "zca-cor")
@@ -115,6 +116,23 @@ def test_two_fits_agree_on_signs_even_where_entries_tie(method: str) -> None:
     if method.startswith("pca"):
         leading = Whitener(method).fit(data(1, columns=6)).components_
         assert (leading[np.arange(6), np.abs(leading).argmax(1)] > 0).all()
+
+
+def test_rounding_decides_no_sign() -> None:
+    for tie in ([1 + 1e-12, -1.0], [1.0, -1 - 1e-12], [-1 - 1e-12, 1.0], [-1.0, 1 + 1e-12]):
+        assert (fix_signs(torch.tensor([tie], dtype=torch.float64).T)[0] > 0).all()
+    assert (fix_signs(torch.tensor([[0.1], [-1.0]])) == torch.tensor([[-0.1], [1.0]])).all()
+
+
+def test_a_pivot_of_rounding_errors_is_no_variance() -> None:
+    almost = torch.tensor([[1 + 1e-15, 1.0, 0.5], [1.0, 1.0, 0.5], [0.5, 0.5, 1.0]], dtype=torch.float64)
+    assert int(torch.linalg.cholesky_ex(almost.flip(0, 1))[1]) == 0
+    solution = cholesky_whitening(almost, intensity=0, eps=0, tolerance=default_tolerance(3), outputs=None)
+    assert solution.rank == 2
+    assert not solution.whitening[0].any()
+    assert not solution.whitening[:, 0].any()
+    rest = solution.whitening[1:, 1:]
+    np.testing.assert_allclose(rest @ almost[1:, 1:] @ rest.T, np.eye(2), atol=1e-14)
 
 
 @settings(max_examples=15, deadline=None)

@@ -185,9 +185,9 @@ def sample_rows(
             shape = [1 if axis == channel_axis else size for axis, size in enumerate(block.shape)]
             w = block_weights.expand(shape).reshape(-1)
             rows, w = rows[w > 0], w[w > 0]
-        if skip_nan:
+        # One sum says whether to look closer: it is NaN wherever a value is.
+        if skip_nan and bool(torch.isnan(rows.sum())):
             complete = ~torch.isnan(rows).any(dim=1)
-            if not bool(complete.all()):
-                rows, w = rows[complete], None if w is None else w[complete]
+            rows, w = rows[complete], None if w is None else w[complete]
         if rows.shape[0]:
             yield rows, w

@@ -185,6 +185,13 @@ def refuse_infinite(estimator: Any, batch: Batch) -> None:
             raise InputError(f"Input X contains infinity: {where}; remove the row, or write NaN for a missing value")
 
 
+def _same_memory(source: Any, out: Tensor) -> bool:
+    """Whether the result was written into the caller's own array."""
+    if isinstance(source, Tensor):
+        return source.data_ptr() == out.data_ptr()
+    return isinstance(source, np.ndarray) and source.ctypes.data == out.data_ptr()
+
+
 def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] | None = None) -> Any:
     """``out`` as the kind of container that came in; an explicit ``set_output`` decides over that.
 
@@ -199,6 +206,8 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
             f"set_output(transform={configured!r}) needs 2-D results, got shape {tuple(out.shape)}: "
             'use set_output(transform="default")'
         )
+    if not frame and _same_memory(batch.source, out):
+        return batch.source
     if isinstance(batch.source, Tensor):
         if not frame:
             return out
