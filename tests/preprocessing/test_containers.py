@@ -95,6 +95,10 @@ def test_missing_values_of_nullable_frames() -> None:
     np.testing.assert_allclose(polar["a"].to_numpy(), [-1, 1, np.nan])
 
 
+def test_none_in_a_list_is_missing() -> None:
+    np.testing.assert_allclose(StandardScaler().fit_transform([[None, 1], [2, 3], [4, 5]])[:, 0], [np.nan, -1, 1])
+
+
 def test_a_frame_of_other_columns_is_refused_and_a_tensor_only_warned_of() -> None:
     frame = pd.DataFrame(X, columns=["a", "b", "c"])
     fitted = StandardScaler().fit(frame)

@@ -105,6 +105,8 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
     options = {"dtype": "numeric", "ensure_all_finite": False, "ensure_2d": flat, "allow_nd": not flat}
     try:
         array = validate_data(estimator, X, reset=reset, **options) if check_names else check_array(X, **options)
+        if array.dtype == object:  # nested lists with None, which means missing
+            array = array.astype(np.float64)
     except TypeError as error:
         raise DtypeError(str(error)) from error
     except ValueError as error:
