@@ -7,6 +7,7 @@ selftest`` to show.
 
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,19 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+# The kernels are compiled once for each of these, and one of the results is chosen when the program runs: a binary built
+# with -march=native could not be given to anyone. The other sources stay with what every processor has.
+X86_SETS = {
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+FLAGS = [
+    *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"),
+    "-Wno-maybe-uninitialized",  # raised inside GCC's own AVX-512 header
+]
 NOTE = "_native_build.txt"
 # torch 2.10, the oldest version supported, as its headers spell it: 0x MM mm pp 00 00 00 00 00.
 TARGET_VERSION = "0x020a000000000000"
@@ -27,6 +41,7 @@ class OptionalBuildExtension(BuildExtension):
         note = self._package_folder() / NOTE
         note.unlink(missing_ok=True)
         try:
+            self._compile_instruction_sets()
             super().build_extensions()
         except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler raises, the package installs
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -35,6 +50,15 @@ class OptionalBuildExtension(BuildExtension):
         missing = [ext.name for ext in self.extensions if not Path(self.get_ext_fullpath(ext.name)).exists()]
         if missing:  # setuptools reports a failed compiler as a warning and goes on
             self._leave_note(note, "the compiler failed")
+
+    def _compile_instruction_sets(self) -> None:
+        """Each set's kernels with flags of their own, as objects that the extension is linked with."""
+        if platform.machine().lower() not in ("x86_64", "amd64"):
+            return
+        for name, flags in X86_SETS.items():
+            self.extensions[0].extra_objects += self.compiler.compile(
+                [f"csrc/{name}.cpp"], output_dir=self.build_temp, extra_postargs=["-fPIC", *FLAGS, *flags]
+            )
 
     def _package_folder(self) -> Path:
         return Path(self.get_ext_fullpath("batchnorm._C")).parent
@@ -51,10 +75,12 @@ def extension() -> Any:
     return CppExtension(
         "batchnorm._C",
         # Relative, as setuptools demands; sorted, so that a build is reproducible.
-        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp")),
+        sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp") if path.stem not in X86_SETS),
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
         define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
-        extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+        extra_compile_args=FLAGS,
+        # Named, because the extension calls torch only and its own loader would not look for it.
+        libraries=["torch_cpu"],
         py_limited_api=True,
         optional=True,
     )

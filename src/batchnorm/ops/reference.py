@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from batchnorm.moments import bessel_factor
-from batchnorm.ops.schema import LEAKY_SLOPE, needs_sign, statistics_dtype
+from batchnorm.ops.schema import LEAKY_SLOPE, needs_sign, runs, statistics_dtype
 
 
 def stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,17 +294,20 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _pack(z: Tensor, x: Tensor) -> Tensor:
-    """One bit an element of z, in the order of the memory of ``empty_like(x)``."""
-    above = torch.empty_like(x, dtype=torch.bool).copy_(~(z <= 0))
-    flat = torch.as_strided(above, (above.numel(),), (1,)).to(torch.uint8)
-    flat = functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
+    """One bit an element of z, run by run (:func:`batchnorm.ops.schema.runs`)."""
+    by_rows, number, length = runs(x)
+    above = ~(z <= 0)
+    bits = (above.movedim(1, -1) if by_rows else above).reshape(number, length).to(torch.uint8)
+    bits = functional.pad(bits, (0, -length % 8)).reshape(-1, 8)
     powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=x.device)
-    return (flat * powers).sum(1, dtype=torch.uint8)
+    return (bits * powers).sum(1, dtype=torch.uint8)
 
 
 def _unpack(sign: Tensor, x: Tensor) -> Tensor:
     """The inverse of :func:`_pack`: boolean, of x's shape."""
-    bits = torch.arange(8, dtype=torch.uint8, device=x.device)
-    flat = ((sign.unsqueeze(1) >> bits) & 1).reshape(-1)[: x.numel()].to(torch.bool)
-    layout = torch.empty_like(x, dtype=torch.bool)
-    return torch.as_strided(flat, layout.shape, layout.stride())
+    by_rows, number, length = runs(x)
+    bits = (sign.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
+    above = bits.to(torch.bool).reshape(number, -1)[:, :length]
+    if by_rows:
+        return above.reshape(x.size(0), *x.shape[2:], x.size(1)).movedim(-1, 1)
+    return above.reshape(x.shape)

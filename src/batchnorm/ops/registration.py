@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import reference
-from batchnorm.ops.schema import NAMESPACE, SCHEMAS, needs_residual, needs_sign, statistics_dtype
+from batchnorm.ops.schema import NAMESPACE, SCHEMAS, needs_residual, needs_sign, runs, statistics_dtype
 
 # Kept for the life of the process: a Library that is collected takes its registrations with it.
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -71,7 +71,8 @@ def _scalar(x: Tensor) -> Tensor:
 
 
 def _sign(x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    size = (x.numel() + 7) // 8 if needs_sign(activation, residual) else 0
+    _, number, length = runs(x)
+    size = number * ((length + 7) // 8) if needs_sign(activation, residual) else 0
     return x.new_empty(size, dtype=torch.uint8)
 
 

@@ -12,9 +12,9 @@ Every implementation (the reference, C++, Triton) has these signatures and keeps
 - ``weight`` and ``bias`` are (C,) or None, which stand for 1 and 0; ``residual`` has x's shape.
 - ``activation`` is one of :data:`ACTIVATIONS` and is applied to z = weight * x_hat + bias + residual.
 - ``sign`` saves what the backward of a piecewise linear activation needs of z, where z cannot be recomputed from x
-  alone (there is a residual): one bit an element, 1 where not z <= 0, elements in the order of x's memory as
-  ``empty_like(x)`` lays it out, eight to a byte from the lowest bit. It is empty where it is not needed. Smooth
-  activations take ``residual`` again.
+  alone (there is a residual): one bit an element, 1 where not z <= 0, eight to a byte from the lowest bit. Elements come
+  in runs (see :func:`runs`), each of which begins a new byte, so that threads never share one. It is empty where it is
+  not needed. Smooth activations take ``residual`` again.
 
 The operators:
 
@@ -36,6 +36,8 @@ The operators:
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -72,6 +74,28 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 def needs_sign(activation: str, residual: torch.Tensor | None) -> bool:
     """Whether the backward needs the saved signs of z: it cannot recompute them where a residual was added."""
     return residual is not None and activation in PIECEWISE_LINEAR
+
+
+def runs(x: torch.Tensor) -> tuple[bool, int, int]:
+    """How ``sign`` follows the elements of x: (by rows?, number of runs, length of a run).
+
+    By rows: the channels of one position, positions in their logical order; that is (N, C) and channels-last memory.
+    Otherwise by planes: the positions of one channel of one sample, as in contiguous memory.
+    """
+    n, channels, positions = x.size(0), x.size(1), math.prod(x.shape[2:])
+    spatial = range(2, x.dim())
+    planes, rows = _dense(x, (0, 1, *spatial)), _dense(x, (0, *spatial, 1))
+    by_rows = rows and (not planes or channels > positions) if planes or rows else positions == 1
+    return (True, n * positions, channels) if by_rows else (False, n * channels, positions)
+
+
+def _dense(x: torch.Tensor, order: tuple[int, ...]) -> bool:
+    expected = 1
+    for dim in reversed(order):
+        if x.size(dim) != 1 and x.stride(dim) != expected:
+            return False
+        expected *= x.size(dim)
+    return True
 
 
 def needs_residual(activation: str) -> bool:

@@ -137,7 +137,7 @@ def _roundings(x: Tensor) -> float:
     if x.dtype == torch.float64:
         # The yardstick is float64 too, and x - mean loses what the mean's digits take up.
         wide = x.cpu()
-        return 4 * eps * max(1.0, (wide.mean().abs() / wide.std()).item())
+        return 16 * eps * max(1.0, (wide.mean().abs() / wide.std()).item())
     # A few operations of float32, each rounding once; narrower types are computed wider and rounded once at the end.
     return (4 if x.dtype == torch.float32 else 1) * eps
 

@@ -1,0 +1,83 @@
+// The activations and their derivatives, on vectors.
+
+namespace batchnorm {
+namespace {
+
+template <class V>
+inline V splat(double value) {
+  return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(value);
+}
+
+// exp, within two roundings: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (Taylor to degree 7: 3e-9 there).
+inline vf exp(vf x) {
+  x = x > 88.0f ? splat<vf>(88.0) : x;
+  x = x < -87.0f ? splat<vf>(-87.0) : x;  // a NaN passes both
+  const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the low bits
+  const vf n = shifted - 12582912.0f;
+  vf r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  vf p = splat<vf>(1.0 / 5040);
+  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (const float c : kTaylor) p = p * r + c;
+  const vi power = ((vi)shifted - 0x4b400000 + 127) << 23;
+  return p * (vf)power;
+}
+inline vd exp(vd x) {
+  for (int i = 0; i < W / 2; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+inline vf erf(vf x) {
+  for (int i = 0; i < W; ++i) x[i] = __builtin_erff(x[i]);
+  return x;
+}
+inline vd erf(vd x) {
+  for (int i = 0; i < W / 2; ++i) x[i] = __builtin_erf(x[i]);
+  return x;
+}
+
+template <Activation A, class V>
+inline V activate(V z) {
+  const V zero = {};
+  if constexpr (A == Activation::relu) {
+    return z <= zero ? zero : z;
+  } else if constexpr (A == Activation::leaky_relu) {
+    return z <= zero ? z * splat<V>(0.01) : z;
+  } else if constexpr (A == Activation::silu) {
+    return z / (splat<V>(1) + exp(-z));
+  } else if constexpr (A == Activation::gelu) {
+    return z * splat<V>(0.5) * (splat<V>(1) + erf(z * splat<V>(0.70710678118654752)));
+  } else if constexpr (A == Activation::hardswish) {
+    V gate = z + splat<V>(3);
+    gate = gate < zero ? zero : gate;
+    gate = gate > splat<V>(6) ? splat<V>(6) : gate;
+    return z * gate * splat<V>(1.0 / 6);
+  } else {
+    return z;
+  }
+}
+
+// grad * activation'(z)
+template <Activation A, class V>
+inline V activation_gradient(V grad, V z) {
+  const V zero = {};
+  if constexpr (A == Activation::relu) {
+    return z <= zero ? zero : grad;
+  } else if constexpr (A == Activation::leaky_relu) {
+    return z <= zero ? grad * splat<V>(0.01) : grad;
+  } else if constexpr (A == Activation::silu) {
+    const V s = splat<V>(1) / (splat<V>(1) + exp(-z));
+    return grad * s * (splat<V>(1) + z * (splat<V>(1) - s));
+  } else if constexpr (A == Activation::gelu) {
+    const V phi = splat<V>(0.39894228040143268) * exp(z * z * splat<V>(-0.5));
+    const V cdf = splat<V>(0.5) * (splat<V>(1) + erf(z * splat<V>(0.70710678118654752)));
+    return grad * (cdf + z * phi);
+  } else if constexpr (A == Activation::hardswish) {
+    const V inner = z <= splat<V>(-3) ? zero : z * splat<V>(1.0 / 3) + splat<V>(0.5);
+    return grad * (z < splat<V>(3) ? inner : splat<V>(1));
+  } else {
+    return grad;
+  }
+}
+
+}  // namespace
+}  // namespace batchnorm

@@ -1,0 +1,260 @@
+// Vectors of the instruction set that this file is compiled for, through the compiler's own vector types.
+//
+// Included by one source file for each instruction set. Everything lies in an unnamed namespace and nothing of std:: is
+// instantiated: a weak symbol compiled for AVX-512 could be the copy that the linker keeps for everyone.
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "problem.h"
+
+namespace batchnorm {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+constexpr int W = kBytes / 4;  // floats in a vector
+
+typedef float vf __attribute__((vector_size(kBytes)));
+typedef float vfh __attribute__((vector_size(kBytes / 2)));
+typedef double vd __attribute__((vector_size(kBytes)));
+typedef int32_t vi __attribute__((vector_size(kBytes)));
+typedef int64_t vl __attribute__((vector_size(kBytes)));
+typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef uint16_t vs __attribute__((vector_size(kBytes / 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The type that data of type T are computed in, its vector, and how many values that holds.
+template <class T>
+struct Compute {
+  using scalar = float;
+  using vec = vf;
+  using mask = vi;
+  static constexpr int lanes = W;
+};
+template <>
+struct Compute<double> {
+  using scalar = double;
+  using vec = vd;
+  using mask = vl;
+  static constexpr int lanes = W / 2;
+};
+
+template <class V>
+inline V load_vec(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+inline void store_vec(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline vf load(const float* p) { return load_vec<vf>(p); }
+inline vd load(const double* p) { return load_vec<vd>(p); }
+inline void store(float* p, vf v) { store_vec(p, v); }
+inline void store(double* p, vd v) { store_vec(p, v); }
+
+inline vf load(const bf16* p) {
+  return (vf)(__builtin_convertvector(load_vec<vs>(p), vu) << 16);
+}
+inline void store(bf16* p, vf v) {
+  const vu u = (vu)v;
+  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+  const vu nan = (u >> 16) | 0x40;                          // rounding could carry a NaN over to infinity
+  const vu bits = (vu)(v != v) != 0 ? nan : rounded;
+  store_vec(p, __builtin_convertvector(bits, vs));
+}
+
+#if defined(__F16C__) && defined(__AVX512F__)
+inline vf load(const fp16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline void store(fp16* p, vf v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline vf load(const fp16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline void store(fp16* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline vf load(const fp16* p) {
+  vf v;
+  for (int i = 0; i < W; ++i) {
+    const uint32_t h = p[i].bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+    uint32_t bits;
+    if (exponent == 31) {
+      bits = sign | 0x7f800000u | (fraction << 13);
+    } else if (exponent != 0) {
+      bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+    } else {  // zero or subnormal: fraction * 2^-24, exact in float
+      const float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+      std::memcpy(&bits, &value, 4);
+      bits |= sign;
+    }
+    float f;
+    std::memcpy(&f, &bits, 4);
+    v[i] = f;
+  }
+  return v;
+}
+inline void store(fp16* p, vf v) {
+  for (int i = 0; i < W; ++i) {
+    uint32_t u;
+    const float f = v[i];
+    std::memcpy(&u, &f, 4);
+    const uint32_t sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    uint32_t h;
+    if (u > 0x7f800000u) {
+      h = 0x7e00;
+    } else if (u >= 0x477ff000u) {  // rounds to more than 65504
+      h = 0x7c00;
+    } else if (u >= 0x38800000u) {
+      h = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1)) >> 13;
+    } else {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
+      float magic;
+      std::memcpy(&magic, &u, 4);
+      magic += 0.5f;
+      std::memcpy(&h, &magic, 4);
+      h -= 0x3f000000u;
+    }
+    p[i].bits = static_cast<uint16_t>(h | sign);
+  }
+}
+#endif
+
+// The first `count` values, and `fill` beyond them.
+template <class T>
+inline auto load_part(const T* p, int64_t count, T fill) {
+  T all[Compute<T>::lanes];
+  for (T& value : all) value = fill;
+  std::memcpy(all, p, count * sizeof(T));
+  return load(all);
+}
+template <class T, class V>
+inline void store_part(T* p, V v, int64_t count) {
+  T all[Compute<T>::lanes];
+  store(all, v);
+  std::memcpy(p, all, count * sizeof(T));
+}
+#if defined(__AVX512F__)
+inline auto load_part(const float* p, int64_t count, float fill) {
+  return (vf)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline void store_part(float* p, vf v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+}
+#endif
+
+// Whole vectors where there is room, otherwise the part that is there.
+template <class T>
+inline auto load_some(const T* p, int64_t count, T fill = T{}) {
+  return count >= Compute<T>::lanes ? load(p) : load_part(p, count, fill);
+}
+template <class T, class V>
+inline void store_some(T* p, V v, int64_t count) {
+  if (count >= Compute<T>::lanes) {
+    store(p, v);
+  } else {
+    store_part(p, v, count);
+  }
+}
+
+// The two halves of a vector of floats, as doubles.
+inline vd low(vf v) {
+  vfh half;
+  std::memcpy(&half, &v, sizeof half);
+  return __builtin_convertvector(half, vd);
+}
+inline vd high(vf v) {
+  vfh half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
+  return __builtin_convertvector(half, vd);
+}
+
+inline double total(vd v) {
+  double sum = 0;
+  for (int i = 0; i < W / 2; ++i) sum += v[i];
+  return sum;
+}
+
+// Lanes whose bit (lane 0 the lowest) is set.
+inline vi lanes_of(uint32_t bits, vf) {
+  vi lane;
+  for (int i = 0; i < W; ++i) lane[i] = 1 << i;
+  return (lane & static_cast<int32_t>(bits)) != 0;
+}
+inline vl lanes_of(uint32_t bits, vd) {
+  vl lane;
+  for (int i = 0; i < W / 2; ++i) lane[i] = 1 << i;
+  return (lane & static_cast<int64_t>(bits)) != 0;
+}
+
+// One bit a lane: not z <= 0. (So a NaN counts as above, as it does in torch's own backward of ReLU.)
+#if defined(__AVX512F__)
+inline uint32_t bits_above(vf z) { return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+inline uint32_t bits_above(vd z) { return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_NLE_UQ); }
+#elif defined(__AVX2__)
+inline uint32_t bits_above(vf z) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)z, _mm256_setzero_ps(), _CMP_NLE_UQ));
+}
+inline uint32_t bits_above(vd z) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z, _mm256_setzero_pd(), _CMP_NLE_UQ));
+}
+#else
+template <class V>
+inline uint32_t bits_above(V z) {
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof z / sizeof z[0]; ++i) bits |= static_cast<uint32_t>(!(z[i] <= 0)) << i;
+  return bits;
+}
+#endif
+
+// Bits of the values [i, i + lanes) of a run that begins at `bytes`; i is a multiple of lanes.
+template <int lanes>
+inline uint32_t read_bits(const uint8_t* bytes, int64_t i, int64_t count) {
+  const uint8_t* at = bytes + i / 8;
+  if constexpr (lanes < 8) return at[0] >> (i % 8);
+  uint32_t bits = at[0];
+  if (lanes > 8 && count > 8) bits |= static_cast<uint32_t>(at[1]) << 8;
+  return bits;
+}
+template <int lanes>
+inline void write_bits(uint8_t* bytes, int64_t i, int64_t count, uint32_t bits) {
+  uint8_t* at = bytes + i / 8;
+  if (count < lanes) bits &= (1u << count) - 1;
+  if constexpr (lanes < 8) {
+    at[0] = static_cast<uint8_t>((i % 8 == 0 ? 0 : at[0]) | bits << (i % 8));
+    return;
+  }
+  at[0] = static_cast<uint8_t>(bits);
+  if (lanes > 8 && count > 8) at[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+// Lanes of the values [0, count) whose byte of the mask is not zero; lanes beyond count are off.
+template <class V>
+inline auto lanes_real(const uint8_t* mask, int64_t count, V like) {
+  constexpr int lanes = sizeof(V) / sizeof(like[0]);
+  decltype(like != like) real = {};
+  for (int i = 0; i < lanes; ++i) real[i] = i < count && mask[i] ? -1 : 0;
+  return real;
+}
+
+}  // namespace
+}  // namespace batchnorm

@@ -1,0 +1,2 @@
+#define BATCHNORM_TABLE kernels_avx2
+#include "kernels/kernels.inc"

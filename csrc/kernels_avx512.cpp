@@ -1,0 +1,2 @@
+#define BATCHNORM_TABLE kernels_avx512
+#include "kernels/kernels.inc"

@@ -1,0 +1,2 @@
+#define BATCHNORM_TABLE kernels_baseline
+#include "kernels/kernels.inc"
