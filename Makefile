@@ -45,7 +45,7 @@ bench: $(INSTALLED) ## time the layers and estimators beside their peers
 	$(BIN)/python -m benchmarks
 
 docs: $(INSTALLED) ## regenerate the picture of the report that the README shows
-	$(BIN)/python docs/picture.py
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python docs/picture.py
 
 clean: ## remove .venv, builds and runs
 	rm -rf $(VENV) build runs src/batchnorm/_C*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

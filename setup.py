@@ -16,8 +16,8 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
-# The kernels are compiled once for each of these, and one of the results is chosen when the program runs: a binary built
-# with -march=native could not be given to anyone. The other sources stay with what every processor has.
+# The kernels are compiled once for each of these, and one of the results is chosen when the program runs: a binary
+# built with -march=native could not be given to anyone. The other sources stay with what every processor has.
 X86_SETS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512": [
