@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from batchnorm import ConfigError, OutputError, RecordsError
+from batchnorm.ops import native
 from batchnorm.study import RunFailedError, events, load_summary, run_study, runs, sections, summarise
 from batchnorm.study.records import read
 from study.tiny import TINY
@@ -45,8 +46,9 @@ def test_a_finished_folder(whole):
     assert [section.name for section in summary.sections] == list(TINY.sections)
     assert summary.seconds > 0
     assert set(summary.environment) == {
-        "python", "torch", "numpy", "scikit-learn", "batchnorm", "platform", "cpu_count",
+        "python", "torch", "numpy", "scikit-learn", "batchnorm", "implementation", "platform", "cpu_count",
     }  # fmt: skip
+    assert summary.environment["implementation"].split(":")[0] == native.status().active
     assert summary.environment["torch"] == str(torch.__version__)
     # Lists and tuples are one in JSON: compare as JSON.
     assert summarise(folder, command=summary.command).to_json() == summary.to_json()

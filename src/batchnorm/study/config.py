@@ -277,7 +277,7 @@ PRESETS: dict[str, StudyConfig] = {
     "default": StudyConfig(),
     "quick": StudyConfig(
         preset="quick",
-        seeds=2,
+        seeds=3,
         headline=Headline(
             seeds=3,
             lrs=(1.0, 2.0, 4.0),

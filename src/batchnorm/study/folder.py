@@ -124,10 +124,19 @@ def environment(seed: int) -> list[Record]:
         "numpy": _version("numpy"),
         "scikit-learn": _version("scikit-learn"),
         "batchnorm": _version("batchnorm"),
+        "implementation": _implementation(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     return [*(run.record(0, name, value) for name, value in facts.items()), run.finished(0)]
+
+
+def _implementation() -> str:
+    # The one fact that takes an import of torch: the kernels decide what a step costs, and the last bits of results.
+    from batchnorm.ops import native
+
+    status = native.status()
+    return f"{status.active}: {status.reason}" if status.reason else status.active
 
 
 def _version(package: str) -> str:

@@ -71,8 +71,8 @@ def _overview(config: StudyConfig, parts: list[Section], complete: bool) -> Tabl
     notes = []
     if config.preset == "quick":
         notes.append(
-            f"A quick study: {config.headline.seeds} seeds in the headline, {config.seeds} elsewhere, shorter runs and "
-            "coarser grids than the default. A first look, no figures to quote."
+            f"A quick study: {min(config.headline.seeds, config.seeds)} seeds, shorter runs and coarser grids than the "
+            "default. A first look, no figures to quote."
         )
     if not complete:
         notes.append("The study is not finished: this is what its finished runs say. Resume it for the rest.")
