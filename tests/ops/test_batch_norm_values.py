@@ -97,7 +97,7 @@ def test_no_further_from_float64_than_torch(mean, dtype, memory_format):
             np.abs(y.detach().double().numpy() - exact_y).max(),
             np.abs(leaf.grad.double().numpy() - exact_dx).max(),
         )
-    # A rounding of the output type, or torch's own error where that is larger. In float64 the yardstick rounds as often.
+    # A rounding of the output type, or torch's own error where that is larger; in float64 the yardstick rounds too.
     floor = torch.finfo(dtype).eps * np.abs(exact_y).max() * (4 * (1 + mean) if dtype == torch.float64 else 1)
     assert errors["ours"][0] <= max(errors["torch"][0], floor)
     assert errors["ours"][1] <= max(errors["torch"][1], floor)

@@ -115,7 +115,7 @@ def test_at_every_point_of_a_study_there_is_a_document(folder):
 
 
 def test_a_quick_study_says_so():
-    assert "A quick study: 3 seeds in the headline" in summary.build(PRESETS["quick"], Records(())).overview.note
+    assert "A quick study: 3 seeds, shorter runs" in summary.build(PRESETS["quick"], Records(())).overview.note
     assert "quick" not in summary.build(PRESETS["default"], Records(())).overview.note
 
 

@@ -12,9 +12,9 @@ Every implementation (the reference, C++, Triton) has these signatures and keeps
 - ``weight`` and ``bias`` are (C,) or None, which stand for 1 and 0; ``residual`` has x's shape.
 - ``activation`` is one of :data:`ACTIVATIONS` and is applied to z = weight * x_hat + bias + residual.
 - ``sign`` saves what the backward of a piecewise linear activation needs of z, where z cannot be recomputed from x
-  alone (there is a residual): one bit an element, 1 where not z <= 0, eight to a byte from the lowest bit. Elements come
-  in runs (see :func:`runs`), each of which begins a new byte, so that threads never share one. It is empty where it is
-  not needed. Smooth activations take ``residual`` again.
+  alone (there is a residual): one bit an element, 1 where not z <= 0, eight to a byte from the lowest bit. Elements
+  come in runs (see :func:`runs`), each of which begins a new byte, so that threads never share one. It is empty where
+  it is not needed. Smooth activations take ``residual`` again.
 
 The operators:
 

@@ -69,10 +69,9 @@ class RunFolder:
         """
         saved = self.config()
         if config is not None and config != saved:
-            changed = "; ".join(differences(saved, config))
-            raise ConfigError(
-                f"cannot resume {self.path} with another configuration ({changed}): choose another folder"
-            )
+            changed = differences(saved, config)
+            shown = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise ConfigError(f"cannot resume {self.path} with another configuration ({shown}): choose another folder")
         if not os.access(self.path, os.W_OK):
             raise OutputError(f"cannot write into {self.path}: permission denied")
         if not self.records_file.exists():
