@@ -37,19 +37,28 @@ TARGET_VERSION = "0x020a000000000000"
 class OptionalBuildExtension(BuildExtension):
     """Builds what can be built, and leaves a note about what could not."""
 
-    def build_extensions(self) -> None:
-        note = self._package_folder() / NOTE
+    failure = ""
+
+    def run(self) -> None:
+        """Build, and leave a note in place of the library where that fails."""
+        super().run()
+        # Only now does the path say where the library belongs: an editable build makes it elsewhere and copies it.
+        library = Path(self.get_ext_fullpath("batchnorm._C"))
+        note = library.parent / NOTE
         note.unlink(missing_ok=True)
+        if not library.exists():
+            text = f"the C++ library could not be compiled: {self.failure or 'the compiler failed'}"
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(text + "\n", encoding="utf-8")
+            print(f"warning: {text}; batchnorm will run on its reference implementation", file=sys.stderr)
+
+    def build_extensions(self) -> None:
+        """Compile and link; whatever a missing or broken compiler raises, the package installs."""
         try:
             self._compile_instruction_sets()
             super().build_extensions()
-        except Exception as error:  # noqa: BLE001 - whatever a missing or broken compiler raises, the package installs
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self._leave_note(note, reason)
-            return
-        missing = [ext.name for ext in self.extensions if not Path(self.get_ext_fullpath(ext.name)).exists()]
-        if missing:  # setuptools reports a failed compiler as a warning and goes on
-            self._leave_note(note, "the compiler failed")
+        except Exception as error:  # noqa: BLE001 - see above
+            self.failure = (str(error).splitlines() or [type(error).__name__])[0]
 
     def _compile_instruction_sets(self) -> None:
         """Each set's kernels with flags of their own, as objects that the extension is linked with."""
@@ -59,15 +68,6 @@ class OptionalBuildExtension(BuildExtension):
             self.extensions[0].extra_objects += self.compiler.compile(
                 [f"csrc/{name}.cpp"], output_dir=self.build_temp, extra_postargs=["-fPIC", *FLAGS, *flags]
             )
-
-    def _package_folder(self) -> Path:
-        return Path(self.get_ext_fullpath("batchnorm._C")).parent
-
-    def _leave_note(self, note: Path, reason: str) -> None:
-        text = f"the C++ library could not be compiled: {reason}"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(text + "\n", encoding="utf-8")
-        print(f"warning: {text}; batchnorm will run on its reference implementation", file=sys.stderr)
 
 
 def extension() -> Any:
