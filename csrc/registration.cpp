@@ -95,79 +95,91 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor input, Maybe real) {
           batchnorm::statistics(input, batch.m2)};
 }
 
+// The forward pass of a whole call: its inputs matched to x, its outputs made, its coefficients to be set.
+struct Normalization {
+  Dense x;
+  Mask mask;
+  Activation activation;
+  std::vector<double> weight, bias;
+  ForwardCoefficients coefficients;
+  Maybe residual;
+  Tensor y, sign;
+  Forward problem;
+
+  Normalization(const Tensor& input, const Maybe& weight_, const Maybe& bias_, const Maybe& residual_, const Maybe& real,
+                const std::string& name)
+      : x(input),
+        mask(real, x),
+        activation(batchnorm::activation_named(name)),
+        weight(batchnorm::doubles(weight_, x.at.channels, "weight")),
+        bias(batchnorm::doubles(bias_, x.at.channels, "bias")),
+        coefficients(x.at.channels, x.dtype),
+        y(x.output()),
+        sign(new_sign(x, needs_sign(activation, residual_))) {
+    if (residual_) residual = x.match(*residual_, "residual");
+    problem = Forward{x.at,
+                      activation,
+                      x.data(),
+                      residual ? residual->const_data_ptr() : nullptr,
+                      mask.data,
+                      coefficients.center.data(),
+                      coefficients.scale.data(),
+                      coefficients.shift.data(),
+                      y.mutable_data_ptr(),
+                      needs_sign(activation, residual_) ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr};
+  }
+  void set(int64_t c, double mean, double invstd) { coefficients.set(c, mean, invstd, weight, bias); }
+  Plan plan() const { return Plan(x.at, (residual ? 2 : 1) * x.x.element_size()); }
+  Tensor result() const { return x.finished(y); }
+};
+
 std::tuple<Tensor, Tensor> normalize(Tensor input, Tensor mean, Tensor invstd, Maybe weight, Maybe bias, Maybe residual,
                                      Maybe real, std::string activation) {
-  const Dense x(input);
-  const int64_t channels = x.at.channels;
-  const Mask mask(real, x);
-  const Activation act = batchnorm::activation_named(activation);
-  if (residual) residual = x.match(*residual, "residual");
+  Normalization all(input, weight, bias, residual, real, activation);
+  const int64_t channels = all.x.at.channels;
   const auto means = batchnorm::doubles(mean, channels, "mean"), invstds = batchnorm::doubles(invstd, channels, "invstd");
-  const auto weights = batchnorm::doubles(weight, channels, "weight"), biases = batchnorm::doubles(bias, channels, "bias");
-  ForwardCoefficients coefficients(channels, x.dtype);
-  for (int64_t c = 0; c < channels; ++c) coefficients.set(c, means[c], invstds[c], weights, biases);
-
-  Tensor y = x.output();
-  const bool with_sign = needs_sign(act, residual);
-  Tensor sign = new_sign(x, with_sign);
-  const Forward forward{x.at,
-                        act,
-                        x.data(),
-                        residual ? residual->const_data_ptr() : nullptr,
-                        mask.data,
-                        coefficients.center.data(),
-                        coefficients.scale.data(),
-                        coefficients.shift.data(),
-                        y.mutable_data_ptr(),
-                        with_sign ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr};
-  const auto& kernels = batchnorm::kernels(x.dtype);
-  Plan(x.at, x.x.element_size()).apply_only([&](const Range& range) { kernels.normalize(forward, range); });
-  return {x.finished(y), sign};
+  for (int64_t c = 0; c < channels; ++c) all.set(c, means[c], invstds[c]);
+  const auto& kernels = batchnorm::kernels(all.x.dtype);
+  all.plan().apply_only([&](const Range& range) { kernels.normalize(all.problem, range); });
+  return {all.result(), all.sign};
 }
+
+// A batch's own statistics and the normalization with them: Algorithm 1.
+struct TrainForward {
+  Normalization all;
+  BatchStatistics batch;
+  std::vector<double> var, invstd;
+
+  TrainForward(const Tensor& input, const Maybe& weight, const Maybe& bias, const Maybe& residual, const Maybe& real,
+               double eps, const std::string& activation)
+      : all(input, weight, bias, residual, real, activation),
+        batch(all.x.at.channels),
+        var(all.x.at.channels + kPadding),
+        invstd(all.x.at.channels + kPadding) {
+    const auto& kernels = batchnorm::kernels(all.x.dtype);
+    const double n = std::max<double>(1, count());
+    with_statistics(
+        all.plan(), all.x, all.mask, all.problem, batch,
+        [&](int64_t c) {
+          var[c] = batch.m2[c] / n;
+          invstd[c] = 1 / std::sqrt(var[c] + eps);
+          all.set(c, batch.mean[c], invstd[c]);
+        },
+        [&](const Range& range) { kernels.normalize(all.problem, range); });
+  }
+  double count() const { return static_cast<double>(all.mask.count); }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_forward(Tensor input, Maybe weight, Maybe bias,
                                                                          Maybe residual, Maybe real, double eps,
                                                                          std::string activation) {
-  const Dense x(input);
-  const int64_t channels = x.at.channels;
-  const Mask mask(real, x);
-  const Activation act = batchnorm::activation_named(activation);
-  if (residual) residual = x.match(*residual, "residual");
-  const auto weights = batchnorm::doubles(weight, channels, "weight"), biases = batchnorm::doubles(bias, channels, "bias");
-  BatchStatistics batch(channels);
-  std::vector<double> var(channels + kPadding), invstd(channels + kPadding);
-  ForwardCoefficients coefficients(channels, x.dtype);
-
-  Tensor y = x.output();
-  const bool with_sign = needs_sign(act, residual);
-  Tensor sign = new_sign(x, with_sign);
-  const Forward forward{x.at,
-                        act,
-                        x.data(),
-                        residual ? residual->const_data_ptr() : nullptr,
-                        mask.data,
-                        coefficients.center.data(),
-                        coefficients.scale.data(),
-                        coefficients.shift.data(),
-                        y.mutable_data_ptr(),
-                        with_sign ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr};
-  const double count = std::max<double>(1, static_cast<double>(mask.count));
-  const auto& kernels = batchnorm::kernels(x.dtype);
-  const Plan plan(x.at, (residual ? 2 : 1) * x.x.element_size());
-  with_statistics(
-      plan, x, mask, forward, batch,
-      [&](int64_t c) {
-        var[c] = batch.m2[c] / count;
-        invstd[c] = 1 / std::sqrt(var[c] + eps);
-        coefficients.set(c, batch.mean[c], invstd[c], weights, biases);
-      },
-      [&](const Range& range) { kernels.normalize(forward, range); });
-  return {x.finished(y),
-          batchnorm::statistic(input, static_cast<double>(mask.count)),
-          batchnorm::statistics(input, batch.mean),
-          batchnorm::statistics(input, var),
-          batchnorm::statistics(input, invstd),
-          sign};
+  const TrainForward done(input, weight, bias, residual, real, eps, activation);
+  return {done.all.result(),
+          batchnorm::statistic(input, done.count()),
+          batchnorm::statistics(input, done.batch.mean),
+          batchnorm::statistics(input, done.var),
+          batchnorm::statistics(input, done.invstd),
+          done.all.sign};
 }
 
 // What all three backward operators are given, matched to x and ready for the kernels.
@@ -182,13 +194,14 @@ struct Gradient {
   Maybe residual, sign;
   Backward problem{};
 
-  Gradient(const Tensor& grad_, const Tensor& input, const Tensor& mean_, const Tensor& invstd_, const Maybe& weight_,
-           const Maybe& bias_, const Maybe& residual_, const Maybe& sign_, const Maybe& real, const std::string& name)
+  Gradient(const Tensor& grad_, const Tensor& input, std::vector<double> mean_, std::vector<double> invstd_,
+           const Maybe& weight_, const Maybe& bias_, const Maybe& residual_, const Maybe& sign_, const Maybe& real,
+           const std::string& name)
       : x(input),
         mask(real, x),
         activation(batchnorm::activation_named(name)),
-        mean(batchnorm::doubles(mean_, x.at.channels, "mean")),
-        invstd(batchnorm::doubles(invstd_, x.at.channels, "invstd")),
+        mean(std::move(mean_)),
+        invstd(std::move(invstd_)),
         weight(batchnorm::doubles(weight_, x.at.channels, "weight")),
         coefficients(x.at.channels, x.dtype),
         a(x.at.channels, x.dtype),
@@ -235,7 +248,9 @@ struct Gradient {
 
 std::tuple<Tensor, Tensor> grad_sums(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Maybe weight, Maybe bias,
                                      Maybe residual, Maybe sign, Maybe mask, std::string activation) {
-  const Gradient g(grad, input, mean, invstd, weight, bias, residual, sign, mask, activation);
+  const int64_t channels = input.size(1);
+  const Gradient g(grad, input, batchnorm::doubles(mean, channels, "mean"), batchnorm::doubles(invstd, channels, "invstd"),
+                   weight, bias, residual, sign, mask, activation);
   const auto& kernels = batchnorm::kernels(g.x.dtype);
   std::vector<double> sum_dz(g.x.at.channels + kPadding), sum_dz_xhat(g.x.at.channels + kPadding);
   g.plan().run([&](const Range& range, double* s, double* q) { kernels.grad_sums(g.problem, range, s, q); },
@@ -252,9 +267,11 @@ std::tuple<Tensor, Tensor> grad_sums(Tensor grad, Tensor input, Tensor mean, Ten
 std::tuple<Tensor, Tensor> grad_input(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Maybe weight, Maybe bias,
                                       Maybe residual, Maybe sign, Maybe mask, std::string activation, Tensor count,
                                       Tensor sum_dz, Tensor sum_dz_xhat, bool want_residual) {
-  Gradient g(grad, input, mean, invstd, weight, bias, residual, sign, mask, activation);
-  const auto sums = batchnorm::doubles(sum_dz, g.x.at.channels, "sum_dz");
-  const auto products = batchnorm::doubles(sum_dz_xhat, g.x.at.channels, "sum_dz_xhat");
+  const int64_t channels = input.size(1);
+  Gradient g(grad, input, batchnorm::doubles(mean, channels, "mean"), batchnorm::doubles(invstd, channels, "invstd"),
+             weight, bias, residual, sign, mask, activation);
+  const auto sums = batchnorm::doubles(sum_dz, channels, "sum_dz");
+  const auto products = batchnorm::doubles(sum_dz_xhat, channels, "sum_dz_xhat");
   const double n = std::max(1.0, batchnorm::scalar(count, "count"));
   for (int64_t c = 0; c < g.x.at.channels; ++c) g.set(c, n, sums[c], products[c]);
   Tensor dx = g.x.output(), dresidual = want_residual ? g.x.output() : nothing_like(input);
@@ -265,12 +282,9 @@ std::tuple<Tensor, Tensor> grad_input(Tensor grad, Tensor input, Tensor mean, Te
   return {g.x.finished(dx), want_residual ? g.x.finished(dresidual) : dresidual};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(Tensor grad, Tensor input, Tensor mean, Tensor invstd,
-                                                          Maybe weight, Maybe bias, Maybe residual, Maybe sign,
-                                                          Maybe mask, std::string activation, Tensor count,
-                                                          bool want_residual) {
-  Gradient g(grad, input, mean, invstd, weight, bias, residual, sign, mask, activation);
-  const double n = std::max(1.0, batchnorm::scalar(count, "count"));
+std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(Gradient& g, const Tensor& input, const Maybe& weight,
+                                                          const Maybe& bias, double count, bool want_residual) {
+  const double n = std::max(1.0, count);
   Tensor dx = g.x.output(), dresidual = want_residual ? g.x.output() : nothing_like(input);
   g.problem.dx = dx.mutable_data_ptr();
   g.problem.dresidual = want_residual ? dresidual.mutable_data_ptr() : nullptr;
@@ -290,25 +304,74 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(Tensor grad, Tensor in
           want_residual ? g.x.finished(dresidual) : dresidual};
 }
 
-void update_running(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,
-                    std::optional<double> momentum, Maybe num_batches, int64_t ddof) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward(Tensor grad, Tensor input, Tensor mean, Tensor invstd,
+                                                          Maybe weight, Maybe bias, Maybe residual, Maybe sign,
+                                                          Maybe mask, std::string activation, Tensor count,
+                                                          bool want_residual) {
+  const int64_t channels = input.size(1);
+  Gradient g(grad, input, batchnorm::doubles(mean, channels, "mean"), batchnorm::doubles(invstd, channels, "invstd"),
+             weight, bias, residual, sign, mask, activation);
+  return whole_backward(g, input, weight, bias, batchnorm::scalar(count, "count"), want_residual);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_step_backward(Tensor grad, Tensor input, Tensor saved, Maybe weight,
+                                                               Maybe bias, Maybe residual, Maybe sign, Maybe mask,
+                                                               std::string activation, bool want_residual) {
+  const int64_t channels = input.size(1);
+  const auto values = batchnorm::doubles(saved, 2 * channels + 1, "saved");
+  std::vector<double> mean(channels + kPadding), invstd(channels + kPadding);
+  std::copy_n(values.begin(), channels, mean.begin());
+  std::copy_n(values.begin() + channels, channels, invstd.begin());
+  Gradient g(grad, input, mean, invstd, weight, bias, residual, sign, mask, activation);
+  return whole_backward(g, input, weight, bias, values[2 * channels], want_residual);
+}
+
+// running = (1 - step) * running + step * batch * correction, in place.
+void move_running(const Tensor& running, const std::vector<double>& batch, double step, double correction) {
+  auto values = batchnorm::doubles(running, running.numel(), "a running statistic");
+  for (int64_t c = 0; c < running.numel(); ++c) values[c] = (1 - step) * values[c] + step * batch[c] * correction;
+  if (running.is_contiguous()) return batchnorm::assign(running, values);
+  Tensor dense = torch::stable::contiguous(running), target = running;
+  batchnorm::assign(dense, values);
+  torch::stable::copy_(target, dense);
+}
+
+void move_both(const Tensor& running_mean, const Tensor& running_var, const std::vector<double>& mean,
+               const std::vector<double>& var, double count, std::optional<double> momentum, const Maybe& num_batches,
+               int64_t ddof) {
   STD_TORCH_CHECK(momentum || num_batches, "expected a momentum or num_batches, got neither");
   const double step = momentum ? *momentum : 1 / batchnorm::scalar(*num_batches, "num_batches");
-  const double n = batchnorm::scalar(count, "count");
-  const int64_t channels = running_mean.numel();
-  // As the reference: no real value says nothing; too few for an unbiased variance, nothing about that.
-  const auto move = [&](Tensor& running, const Tensor& batch, double correction) {
-    auto values = batchnorm::doubles(running, channels, "a running statistic");
-    const auto target = batchnorm::doubles(batch, channels, "a batch statistic");
-    for (int64_t c = 0; c < channels; ++c) values[c] = (1 - step) * values[c] + step * target[c] * correction;
-    if (running.is_contiguous()) return batchnorm::assign(running, values);
-    Tensor dense = torch::stable::contiguous(running);
-    batchnorm::assign(dense, values);
-    torch::stable::copy_(running, dense);
-  };
   if (!(step > 0)) return;
-  if (n > 0) move(running_mean, mean, 1);
-  if (n > static_cast<double>(ddof)) move(running_var, var, n / (n - static_cast<double>(ddof)));
+  // As the reference: no real value says nothing; too few for an unbiased variance, nothing about that.
+  const auto freedom = count - static_cast<double>(ddof);
+  if (count > 0) move_running(running_mean, mean, step, 1);
+  if (freedom > 0) move_running(running_var, var, step, count / freedom);
+}
+
+void update_running(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, Tensor count,
+                    std::optional<double> momentum, Maybe num_batches, int64_t ddof) {
+  const int64_t channels = running_mean.numel();
+  move_both(running_mean, running_var, batchnorm::doubles(mean, channels, "mean"),
+            batchnorm::doubles(var, channels, "var"), batchnorm::scalar(count, "count"), momentum, num_batches, ddof);
+}
+
+// train_forward and update_running in one call, with what the backward needs in one tensor: mean, invstd, count. For small
+// tensors the calls and the tensors are what a step costs.
+std::tuple<Tensor, Tensor, Tensor> train_step(Tensor input, Maybe weight, Maybe bias, Maybe residual, Maybe real,
+                                              Maybe running_mean, Maybe running_var, double eps,
+                                              std::optional<double> momentum, Maybe num_batches, int64_t ddof,
+                                              std::string activation) {
+  const TrainForward done(input, weight, bias, residual, real, eps, activation);
+  if (running_mean && running_var) {
+    move_both(*running_mean, *running_var, done.batch.mean, done.var, done.count(), momentum, num_batches, ddof);
+  }
+  const int64_t channels = done.all.x.at.channels;
+  Tensor saved = torch::stable::new_empty(input, {2 * channels + 1}, ScalarType::Double);
+  auto* values = static_cast<double*>(saved.mutable_data_ptr());
+  std::copy_n(done.batch.mean.begin(), channels, values);
+  std::copy_n(done.invstd.begin(), channels, values + channels);
+  values[2 * channels] = done.count();
+  return {done.all.result(), saved, done.all.sign};
 }
 
 // The instruction set in use, after choosing `name` where one is given; the sets that this processor has. For tests.
@@ -342,4 +405,6 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("train_backward", TORCH_BOX(&train_backward));
   m.impl("update_running", TORCH_BOX(&update_running));
+  m.impl("train_step", TORCH_BOX(&train_step));
+  m.impl("train_step_backward", TORCH_BOX(&train_step_backward));
 }

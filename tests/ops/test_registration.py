@@ -14,6 +14,10 @@ from batchnorm.ops.schema import ACTIVATIONS, SCHEMAS
 OPS = torch.ops.batchnorm
 
 
+def plain(*values):
+    return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in values)
+
+
 def arguments(name: str, activation: str = "relu", residual: bool = False, dtype=torch.float32, grad: bool = True):
     """Arguments for an operator, with gradients required where the operator has one."""
     x = torch.randn(4, 3, 5, 2, dtype=dtype).requires_grad_(grad)
@@ -33,10 +37,12 @@ def arguments(name: str, activation: str = "relu", residual: bool = False, dtype
         "grad_sums": saved,
         "grad_input": (*saved, count, torch.randn_like(mean), torch.randn_like(mean), True),
         # No gradient of its own: a second derivative goes through grad_sums and grad_input.
-        "train_backward": tuple(
-            value.detach() if isinstance(value, torch.Tensor) else value for value in (*saved, count, residual)
-        ),
+        "train_backward": plain(*saved, count, residual),
         "update_running": (torch.zeros(3), torch.ones(3), mean, m2 / count, count, 0.1, None, 1),
+        "train_step": plain(
+            x, weight, bias, extra, mask, torch.zeros(3), torch.ones(3), 1e-5, 0.1, None, 1, activation
+        ),
+        "train_step_backward": plain(*(dy, x, torch.cat([mean, invstd, count.reshape(1)])), *saved[4:], residual),
     }[name]
 
 

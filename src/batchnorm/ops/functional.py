@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import DtypeError, InputError, ShapeError
-from batchnorm.ops import reference
-from batchnorm.ops import registration as registration  # defines torch.ops.batchnorm, which _operators() hands out
+from batchnorm.ops import eager, reference
 from batchnorm.ops.schema import ACTIVATIONS, statistics_dtype
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "hardswish"]
@@ -84,13 +82,14 @@ def batch_norm(
         )
     if residual is not None and residual.shape != input.shape:
         raise ShapeError(f"expected a residual of the input's shape {list(input.shape)}, got {list(residual.shape)}")
+    if residual is not None:
+        residual = residual.to(input.dtype)
     if training and running_mean is not None and momentum is None and num_batches_tracked is None:
         raise InputError("momentum=None is the cumulative average and needs num_batches_tracked")
     act = "none" if activation is None else activation
     check_choice("activation", act, ACTIVATIONS)
     real = _positions(input, mask, lengths)
 
-    ops = _operators()
     if not training:
         assert running_mean is not None
         assert running_var is not None
@@ -98,26 +97,30 @@ def batch_norm(
         # Copies: a later training step moves the buffers in place, and the backward of this call must not notice.
         mean = running_mean.detach().to(dtype, copy=True)
         invstd = torch.rsqrt(running_var.detach().to(dtype) + eps)
-        return ops.normalize(input, mean, invstd, weight, bias, residual, real, act)[0]
+        return _operators().normalize(input, mean, invstd, weight, bias, residual, real, act)[0]
 
-    y, count, mean, var, _, _ = ops.train_forward(input, weight, bias, residual, real, eps, act)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    running = (momentum, num_batches_tracked, ddof)
+    if _plain_eager():
+        return eager.TrainStep.apply(input, weight, bias, residual, real, running_mean, running_var, eps, *running, act)
+    ops = _operators()
+    y, count, mean, var, _, _ = ops.train_forward(input, weight, bias, residual, real, eps, act)
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
-            ops.update_running(
-                running_mean, running_var, mean.detach(), var.detach(), count, momentum, num_batches_tracked, ddof
-            )
+            ops.update_running(running_mean, running_var, mean.detach(), var.detach(), count, *running)
     return y
+
+
+def _plain_eager() -> bool:
+    """Whether nothing but reverse mode is under way, which is what the quick way serves."""
+    return not torch.compiler.is_compiling() and not reference.composing()
 
 
 def _operators() -> Any:
     """The registered operators, or the reference itself where only plain torch functions will do."""
     # While torch.compile traces, the operators' own vmap and gradient rules are used.
-    composing: ModuleType | None = None
-    if not torch.compiler.is_compiling() and reference.composing():
-        composing = reference
-    return composing or torch.ops.batchnorm
+    return reference if not torch.compiler.is_compiling() and reference.composing() else torch.ops.batchnorm
 
 
 def _check_input(

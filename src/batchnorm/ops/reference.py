@@ -165,6 +165,45 @@ def update_running(
         running.copy_(torch.where(known & (step > 0), moved, running.to(batch.dtype)))
 
 
+def train_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    momentum: float | None,
+    num_batches: Tensor | None,
+    ddof: int,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`train_forward` and :func:`update_running`; mean, invstd and count in one tensor."""
+    y, count, mean, var, invstd, sign = train_forward(x, weight, bias, residual, mask, eps, activation)
+    if running_mean is not None and running_var is not None:
+        update_running(running_mean, running_var, mean, var, count, momentum, num_batches, ddof)
+    return y, torch.cat([mean, invstd, count.reshape(1)]), sign
+
+
+def train_step_backward(
+    grad: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    sign: Tensor | None,
+    mask: Tensor | None,
+    activation: str,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`train_backward` from what :func:`train_step` saved."""
+    mean, invstd, count = saved.split([x.size(1), x.size(1), 1])
+    affine = (weight, bias, residual, sign, mask, activation)
+    return train_backward(grad, x, mean, invstd, *affine, count.reshape(()), want_residual)
+
+
 def activate(z: Tensor, activation: str) -> Tensor:
     """The activation itself."""
     match activation:

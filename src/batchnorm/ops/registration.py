@@ -55,6 +55,16 @@ def _train_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _laid_out(x, dx), dweight, dbias, _residual_laid_out(x, dresidual)
 
 
+def _train_step(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    y, saved, sign = reference.train_step(x, *rest)
+    return _laid_out(x, y), saved, sign
+
+
+def _train_step_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dx, dweight, dbias, dresidual = reference.train_step_backward(grad, x, *rest)
+    return _laid_out(x, dx), dweight, dbias, _residual_laid_out(x, dresidual)
+
+
 def _residual_laid_out(x: Tensor, dresidual: Tensor) -> Tensor:
     return _laid_out(x, dresidual) if dresidual.dim() == x.dim() else dresidual
 
@@ -128,6 +138,17 @@ def _fake_train_backward(
         for parameter in (weight, bias)
     )
     return torch.empty_like(x), dweight, dbias, torch.empty_like(x) if rest[-1] else x.new_empty(0)
+
+
+def _fake_train_step(x: Tensor, weight: Any, bias: Any, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    saved = x.new_empty(2 * x.size(1) + 1, dtype=statistics_dtype(x.device))
+    return torch.empty_like(x), saved, _sign(x, residual, rest[-1])
+
+
+def _fake_train_step_backward(
+    grad: Tensor, x: Tensor, saved: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _fake_train_backward(grad, x, saved, saved, weight, bias, *rest)
 
 
 def _fake_update_running(*_: Any) -> None:
@@ -204,15 +225,8 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
     x, mean, invstd, weight, bias, residual, sign, mask, count = ctx.saved_tensors
     want_residual = _wants_residual(ctx, ctx.needs_input_grad[3])
     if torch.is_grad_enabled():
-        # Someone will differentiate this gradient (create_graph=True): the statistics must then depend on x, which
-        # saved ones do not. Made of operators that have gradients of their own, it is differentiable to any order.
-        count, mean, m2 = torch.ops.batchnorm.stats(x, mask)
-        invstd = torch.rsqrt(m2 / count.clamp(min=1) + ctx.eps)
-        saved = (grad, x, mean, invstd, weight, bias, residual, sign, mask, ctx.activation)
-        dbias, dweight = torch.ops.batchnorm.grad_sums(*saved)
-        dx, dresidual = torch.ops.batchnorm.grad_input(*saved, count, dbias, dweight, want_residual)
-        dweight = dweight if weight is None else dweight.to(weight.dtype)
-        dbias = dbias if bias is None else dbias.to(bias.dtype)
+        affine = (weight, bias, residual, sign, mask, ctx.activation)
+        dx, dweight, dbias, dresidual = differentiable_backward(grad, x, affine, ctx.eps, want_residual)
     else:
         dx, dweight, dbias, dresidual = torch.ops.batchnorm.train_backward(
             grad, x, mean, invstd, weight, bias, residual, sign, mask, ctx.activation, count, want_residual
@@ -226,6 +240,26 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         None,
         None,
     )
+
+
+def differentiable_backward(
+    grad: Tensor, x: Tensor, affine: tuple[Any, ...], eps: float, want_residual: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a training step where someone will differentiate them (create_graph=True).
+
+    The statistics must then depend on x, which saved ones do not. Made of operators that have gradients of their own,
+    it is differentiable to any order. ``affine`` is weight, bias, residual, sign, mask, activation.
+    """
+    weight, bias = affine[:2]
+    count, mean, m2 = torch.ops.batchnorm.stats(x, affine[4])
+    invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
+    sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(grad, x, mean, invstd, *affine)
+    dx, dresidual = torch.ops.batchnorm.grad_input(
+        grad, x, mean, invstd, *affine, count, sum_dz, sum_dz_xhat, want_residual
+    )
+    dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
+    dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
+    return dx, dweight, dbias, dresidual
 
 
 def _wants_residual(ctx: Any, needed: bool) -> bool:
@@ -308,6 +342,8 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "grad_input": _grad_input,
     "train_backward": _train_backward,
     "update_running": reference.update_running,
+    "train_step": _train_step,
+    "train_step_backward": _train_step_backward,
 }
 _FAKES: dict[str, Callable[..., Any]] = {
     "stats": _fake_stats,
@@ -317,6 +353,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "grad_input": _fake_grad_input,
     "train_backward": _fake_train_backward,
     "update_running": _fake_update_running,
+    "train_step": _fake_train_step,
+    "train_step_backward": _fake_train_step_backward,
 }
 _GRADIENTS: dict[str, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]] = {
     "stats": (_stats_context, _stats_backward),
@@ -336,7 +374,7 @@ def _register() -> None:
         if name in _GRADIENTS:
             setup_context, backward = _GRADIENTS[name]
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-        if name != "update_running":  # which changes its arguments: vmap has no meaning for one buffer of many models
+        if name not in ("update_running", "train_step"):  # they change buffers: one of many models' has no meaning
             torch.library.register_vmap(qualified, _vmap_one_by_one(name), lib=_library)
 
 

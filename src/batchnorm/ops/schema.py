@@ -48,6 +48,7 @@ PIECEWISE_LINEAR = frozenset({"relu", "leaky_relu"})
 LEAKY_SLOPE = 0.01  # torch's default
 
 _AFFINE = "Tensor? weight, Tensor? bias, Tensor? residual"
+_RUNNING = "float? momentum, Tensor? num_batches, int ddof"
 _GRAD = f"Tensor grad, Tensor x, Tensor mean, Tensor invstd, {_AFFINE}, Tensor? sign, Tensor? mask, str activation"
 
 SCHEMAS = {
@@ -62,7 +63,11 @@ SCHEMAS = {
     "train_backward": f"({_GRAD}, Tensor count, bool want_residual)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "update_running": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count, "
-    "float? momentum, Tensor? num_batches, int ddof) -> ()",
+    f"{_RUNNING}) -> ()",
+    "train_step": f"(Tensor x, {_AFFINE}, Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, "
+    f"{_RUNNING}, str activation) -> (Tensor y, Tensor saved, Tensor sign)",
+    "train_step_backward": f"(Tensor grad, Tensor x, Tensor saved, {_AFFINE}, Tensor? sign, Tensor? mask, "
+    "str activation, bool want_residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 }
 
 

@@ -155,6 +155,8 @@ def _results(ops: object, data: _Data) -> dict[str, tuple[Tensor, ...]]:
     sums = call("grad_sums")(*saved)
     running = (torch.zeros_like(mean), torch.ones_like(var))
     call("update_running")(*running, mean, var, count, 0.1, None, 1)
+    step = call("train_step")(d.x, d.weight, d.bias, d.residual, None, None, None, EPS, 0.1, None, 1, "silu")
+    kept = torch.cat([mean, invstd, count.reshape(1)])
     forward = call("train_forward")(d.x, d.weight, d.bias, None, None, EPS, "none")
     masked = call("train_forward")(d.x, d.weight, d.bias, d.residual, d.mask, EPS, "relu")
     plain = (d.grad, d.x, mean, invstd, d.weight, d.bias, None, None, None, "none")
@@ -168,6 +170,10 @@ def _results(ops: object, data: _Data) -> dict[str, tuple[Tensor, ...]]:
         "grad_input": call("grad_input")(*saved, count, *sums, True),
         "train_backward": call("train_backward")(*plain, count, False)[:1],
         "update_running": running,
+        "train_step + residual, silu": step[:1],
+        "train_step_backward + residual, silu": call("train_step_backward")(
+            d.grad, d.x, kept, d.weight, d.bias, d.residual, None, None, "silu", True
+        ),
     }
 
 
