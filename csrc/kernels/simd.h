@@ -25,11 +25,12 @@ constexpr int kBytes = 16;
 constexpr int W = kBytes / 4;  // floats in a vector
 
 typedef float vf __attribute__((vector_size(kBytes)));
-typedef float vfh __attribute__((vector_size(kBytes / 2)));
 typedef double vd __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef int64_t vl __attribute__((vector_size(kBytes)));
 typedef uint32_t vu __attribute__((vector_size(kBytes)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+typedef uint8_t vbh __attribute__((vector_size(W / 2)));
 typedef uint16_t vs __attribute__((vector_size(kBytes / 2)));
 
 struct bf16 {
@@ -176,17 +177,21 @@ inline void store_some(T* p, V v, int64_t count) {
   }
 }
 
-// The two halves of a vector of floats, as doubles.
-inline vd low(vf v) {
-  vfh half;
-  std::memcpy(&half, &v, sizeof half);
-  return __builtin_convertvector(half, vd);
-}
-inline vd high(vf v) {
-  vfh half;
-  std::memcpy(&half, reinterpret_cast<const char*>(&v) + sizeof half, sizeof half);
-  return __builtin_convertvector(half, vd);
-}
+// The two halves of a vector of floats, as doubles. (Said in the processor's own words: the compiler's general conversion goes
+// through memory.)
+#if defined(__AVX512F__)
+inline vd low(vf v) { return (vd)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v)); }
+inline vd high(vf v) { return (vd)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v, 1)); }
+#elif defined(__AVX2__)
+inline vd low(vf v) { return (vd)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v)); }
+inline vd high(vf v) { return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v, 1)); }
+#elif defined(__SSE2__)
+inline vd low(vf v) { return (vd)_mm_cvtps_pd((__m128)v); }
+inline vd high(vf v) { return (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); }
+#else
+inline vd low(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), vd); }
+inline vd high(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), vd); }
+#endif
 
 inline double total(vd v) {
   double sum = 0;
@@ -248,13 +253,18 @@ inline void write_bits(uint8_t* bytes, int64_t i, int64_t count, uint32_t bits) 
 }
 
 // Lanes of the values [0, count) whose byte of the mask is not zero; lanes beyond count are off.
-template <class V>
-inline auto lanes_real(const uint8_t* mask, int64_t count, V like) {
-  constexpr int lanes = sizeof(V) / sizeof(like[0]);
-  decltype(like != like) real = {};
-  for (int i = 0; i < lanes; ++i) real[i] = i < count && mask[i] ? -1 : 0;
-  return real;
+template <class Lanes, class Bytes>
+inline Lanes lanes_of_bytes(const uint8_t* mask, int64_t count) {
+  Bytes bytes = {};
+  if (count >= static_cast<int64_t>(sizeof bytes)) {
+    std::memcpy(&bytes, mask, sizeof bytes);
+  } else {
+    std::memcpy(&bytes, mask, count);
+  }
+  return __builtin_convertvector(bytes, Lanes) != 0;
 }
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) { return lanes_of_bytes<vi, vb>(mask, count); }
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) { return lanes_of_bytes<vl, vbh>(mask, count); }
 
 }  // namespace
 }  // namespace batchnorm
