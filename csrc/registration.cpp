@@ -32,10 +32,10 @@ bool needs_sign(Activation activation, const Maybe& residual) {
 
 Tensor new_sign(const Dense& x, bool wanted) {
   const int64_t runs = x.at.rows ? x.at.n * x.at.positions : x.at.n * x.at.channels;
-  return torch::stable::new_empty(x.x, {wanted ? runs * x.at.run_bytes() : 0}, ScalarType::Byte);
+  return batchnorm::fresh_vector(wanted ? runs * x.at.run_bytes() : 0, ScalarType::Byte);
 }
 
-Tensor nothing_like(const Tensor& x) { return torch::stable::new_empty(x, {0}); }
+Tensor nothing_like(const Tensor& x) { return batchnorm::fresh_vector(0, x.scalar_type()); }
 
 // The channel's first real value, for the sums to be taken about: deviations from it have no large part in common.
 double origin_of(const Dense& x, const Mask& mask, int64_t channel) {
@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor input, Maybe real) {
   const Forward forward{x.at, Activation::none, x.data(), nullptr, mask.data, nullptr, nullptr, nullptr, nullptr, nullptr};
   const Plan plan(x.at, x.x.element_size());
   with_statistics(plan, x, mask, forward, batch, kNothing, kNothing);
-  return {batchnorm::statistic(input, static_cast<double>(mask.count)), batchnorm::statistics(input, batch.mean),
-          batchnorm::statistics(input, batch.m2)};
+  return {batchnorm::statistic(static_cast<double>(mask.count)), batchnorm::statistics(batch.mean),
+          batchnorm::statistics(batch.m2)};
 }
 
 // The forward pass of a whole call: its inputs matched to x, its outputs made, its coefficients to be set.
@@ -175,10 +175,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_forward(Tensor 
                                                                          std::string activation) {
   const TrainForward done(input, weight, bias, residual, real, eps, activation);
   return {done.all.result(),
-          batchnorm::statistic(input, done.count()),
-          batchnorm::statistics(input, done.batch.mean),
-          batchnorm::statistics(input, done.var),
-          batchnorm::statistics(input, done.invstd),
+          batchnorm::statistic(done.count()),
+          batchnorm::statistics(done.batch.mean),
+          batchnorm::statistics(done.var),
+          batchnorm::statistics(done.invstd),
           done.all.sign};
 }
 
@@ -261,7 +261,7 @@ std::tuple<Tensor, Tensor> grad_sums(Tensor grad, Tensor input, Tensor mean, Ten
                  }
                },
                kNothing);
-  return {batchnorm::statistics(input, sum_dz), batchnorm::statistics(input, sum_dz_xhat)};
+  return {batchnorm::statistics(sum_dz), batchnorm::statistics(sum_dz_xhat)};
 }
 
 std::tuple<Tensor, Tensor> grad_input(Tensor grad, Tensor input, Tensor mean, Tensor invstd, Maybe weight, Maybe bias,
@@ -299,8 +299,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> whole_backward(Gradient& g, const Ten
                  }
                },
                [&](const Range& range) { kernels.grad_input(g.problem, range); });
-  return {g.x.finished(dx), batchnorm::parameter_gradient(input, weight, dweight),
-          batchnorm::parameter_gradient(input, bias, dbias),
+  return {g.x.finished(dx), batchnorm::parameter_gradient(weight, dweight),
+          batchnorm::parameter_gradient(bias, dbias),
           want_residual ? g.x.finished(dresidual) : dresidual};
 }
 
@@ -366,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> train_step(Tensor input, Maybe weight, Maybe 
     move_both(*running_mean, *running_var, done.batch.mean, done.var, done.count(), momentum, num_batches, ddof);
   }
   const int64_t channels = done.all.x.at.channels;
-  Tensor saved = torch::stable::new_empty(input, {2 * channels + 1}, ScalarType::Double);
+  Tensor saved = batchnorm::fresh_vector(2 * channels + 1, ScalarType::Double);
   auto* values = static_cast<double*>(saved.mutable_data_ptr());
   std::copy_n(done.batch.mean.begin(), channels, values);
   std::copy_n(done.invstd.begin(), channels, values + channels);

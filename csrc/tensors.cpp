@@ -44,6 +44,15 @@ bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// A fresh CPU tensor, past the dispatcher.
+Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+  AtenTensorHandle handle = nullptr;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 // Fresh memory of this size costs a page fault each 4 KB, more than the arithmetic on it; huge pages make that 2 MB.
 void ask_for_huge_pages([[maybe_unused]] const Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -114,7 +123,14 @@ Tensor Dense::match(const Tensor& other, const char* name) const {
 }
 
 Tensor Dense::output() const {
-  Tensor fresh = torch::stable::empty_like(x);
+  // As empty_like(x), whose call through the dispatcher costs more than a small tensor's arithmetic.
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes(dims), strides(dims);
+  for (int64_t d = 0; d < dims; ++d) {
+    sizes[d] = x.size(d);
+    strides[d] = x.stride(d);
+  }
+  Tensor fresh = empty(sizes, strides, x.scalar_type());
   ask_for_huge_pages(fresh);
   return fresh;
 }
@@ -169,23 +185,24 @@ double value_at(const void* data, DType dtype, int64_t index) {
   return value;
 }
 
-Tensor statistics(const Tensor& like, const std::vector<double>& values) {
+Tensor fresh_vector(int64_t size, ScalarType dtype) { return empty({size}, {1}, dtype); }
+
+Tensor statistics(const std::vector<double>& values) {
   const auto size = static_cast<int64_t>(values.size()) - kPadding;
-  Tensor fresh = torch::stable::new_empty(like, {size}, ScalarType::Double);
+  Tensor fresh = fresh_vector(size, ScalarType::Double);
   std::memcpy(fresh.mutable_data_ptr(), values.data(), size * sizeof(double));
   return fresh;
 }
 
-Tensor statistic(const Tensor& like, double value) {
-  Tensor fresh = torch::stable::new_empty(like, {}, ScalarType::Double);
+Tensor statistic(double value) {
+  Tensor fresh = empty({}, {}, ScalarType::Double);
   *static_cast<double*>(fresh.mutable_data_ptr()) = value;
   return fresh;
 }
 
-Tensor parameter_gradient(const Tensor& like, const std::optional<Tensor>& parameter,
-                          const std::vector<double>& values) {
-  if (!parameter) return statistics(like, values);
-  Tensor fresh = torch::stable::new_empty(*parameter, {static_cast<int64_t>(values.size()) - kPadding});
+Tensor parameter_gradient(const std::optional<Tensor>& parameter, const std::vector<double>& values) {
+  if (!parameter) return statistics(values);
+  Tensor fresh = fresh_vector(static_cast<int64_t>(values.size()) - kPadding, parameter->scalar_type());
   assign(fresh, values);
   return fresh;
 }

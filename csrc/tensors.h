@@ -56,10 +56,11 @@ double scalar(const Tensor& tensor, const char* name);
 // One value of dense data.
 double value_at(const void* data, DType dtype, int64_t index);
 
-Tensor statistics(const Tensor& like, const std::vector<double>& values);
-Tensor statistic(const Tensor& like, double value);
+Tensor fresh_vector(int64_t size, ScalarType dtype);
+Tensor statistics(const std::vector<double>& values);
+Tensor statistic(double value);
 // A vector of the parameter's type, or of doubles where there is no parameter.
-Tensor parameter_gradient(const Tensor& like, const std::optional<Tensor>& parameter, const std::vector<double>& values);
+Tensor parameter_gradient(const std::optional<Tensor>& parameter, const std::vector<double>& values);
 // Writes doubles into a vector of any floating type.
 void assign(const Tensor& to, const std::vector<double>& values);
 

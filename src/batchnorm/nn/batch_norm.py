@@ -61,26 +61,27 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """y = activation(gamma * x_hat + beta + residual), see :func:`batchnorm.nn.functional.batch_norm`."""
         self._check_input_dim(input)
-        tracked = self.running_mean is not None and self.running_var is not None
-        # As in torch: without buffers a layer normalizes with its batch, in eval too; and buffers that are no longer
-        # to be tracked are used in eval and left alone in training.
-        batch_statistics = self.training or not tracked
-        use_running = tracked and (not self.training or self.track_running_stats)
-        count = self.training and self.track_running_stats
+        # A module looks its tensors up by name, one slow call each: once is enough.
+        running_mean, running_var = self.running_mean, self.running_var
+        training, tracked = self.training, running_mean is not None and running_var is not None
+        # As in torch: without buffers a layer normalizes with its batch, in eval too; and buffers that are no longer to
+        # be tracked are used in eval and left alone in training.
+        if training and not self.track_running_stats:
+            running_mean = running_var = None
         return functional.batch_norm(
             input,
-            self.running_mean if use_running else None,
-            self.running_var if use_running else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
-            batch_statistics,
+            training or not tracked,
             self.momentum,
             self.eps,
             mask=mask,
             lengths=lengths,
             residual=residual,
             activation=self.activation,
-            num_batches_tracked=self.num_batches_tracked if count else None,
+            num_batches_tracked=self.num_batches_tracked if training and self.track_running_stats else None,
         )
 
     def extra_repr(self) -> str:

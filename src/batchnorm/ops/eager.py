@@ -8,7 +8,7 @@ torch.func take the operators with registered gradients, or the reference.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,45 +20,60 @@ _train_step = torch.ops.batchnorm.train_step.default
 _train_step_backward = torch.ops.batchnorm.train_step_backward.default
 
 
+class Options(NamedTuple):
+    """What a training step needs besides tensors that have gradients, in the order of the operator's arguments."""
+
+    mask: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    eps: float
+    momentum: float | None
+    num_batches: Tensor | None
+    ddof: int
+    activation: str
+
+
 class TrainStep(torch.autograd.Function):
-    """``train_step`` with its gradient; the arguments are the operator's, the result is y."""
+    """``train_step`` with its gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: Options
     ) -> Tensor:
         """Saves x and (C,) statistics; for a residual one bit an element, or the residual for a smooth activation."""
-        y, saved, sign = _train_step(x, weight, bias, residual, *rest)
-        mask, activation = rest[0], rest[-1]
-        ctx.save_for_backward(
-            x,
-            saved,
-            weight,
-            bias,
-            residual if needs_residual(activation) else None,
-            sign if sign.numel() else None,
-            mask,
-        )
-        ctx.activation, ctx.eps = activation, rest[3]
+        y, saved, sign = _train_step(x, weight, bias, residual, *options)
+        ctx.options = options
+        if residual is None:
+            ctx.save_for_backward(x, saved, weight, bias)
+        else:
+            kept = residual if needs_residual(options.activation) else None
+            ctx.save_for_backward(x, saved, weight, bias, kept, sign if sign.numel() else None)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         """Differentiable itself where it is asked to be."""
-        x, saved, weight, bias, residual, sign, mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad
+        x, saved, weight, bias, *rest = ctx.saved_tensors
+        residual, sign = rest or (None, None)
+        options = ctx.options
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
         # Without activation and mask the residual's gradient is `grad` itself: nothing to compute, nothing to store.
-        same = ctx.activation == "none" and mask is None
-        affine = (weight, bias, residual, sign, mask, ctx.activation)
+        same = options.activation == "none" and options.mask is None
+        affine = (weight, bias, residual, sign, options.mask, options.activation)
         if torch.is_grad_enabled():
-            gradients = differentiable_backward(grad, x, affine, ctx.eps, needed[3] and not same)
+            gradients = differentiable_backward(grad, x, affine, options.eps, need_residual and not same)
         else:
-            gradients = _train_step_backward(grad, x, saved, *affine, needed[3] and not same)
+            gradients = _train_step_backward(grad, x, saved, *affine, need_residual and not same)
         dx, dweight, dbias, dresidual = gradients
         return (
-            dx if needed[0] else None,
-            dweight if needed[1] else None,
-            dbias if needed[2] else None,
-            (grad if same else dresidual) if needed[3] else None,
-            *(None,) * 8,
+            dx if need_x else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            (grad if same else dresidual) if need_residual else None,
+            None,
         )
+
+
+# Straight to the C++ of autograd functions: Function.apply would first look, argument by argument, for what torch.func
+# transforms leave behind, and the caller has made sure that none is under way.
+train_step = super(torch.autograd.Function, TrainStep).apply

@@ -103,7 +103,8 @@ def batch_norm(
         num_batches_tracked.add_(1)
     running = (momentum, num_batches_tracked, ddof)
     if _plain_eager():
-        return eager.TrainStep.apply(input, weight, bias, residual, real, running_mean, running_var, eps, *running, act)
+        options = eager.Options(real, running_mean, running_var, eps, *running, act)
+        return eager.train_step(input, weight, bias, residual, options)
     ops = _operators()
     y, count, mean, var, _, _ = ops.train_forward(input, weight, bias, residual, real, eps, act)
     if running_mean is not None and running_var is not None:
@@ -135,9 +136,23 @@ def _check_input(
         raise ShapeError(f"expected an input of shape (N, C) or (N, C, *spatial), got {list(x.shape)}")
     if not x.is_floating_point():
         raise DtypeError(f"expected a floating point input, got {x.dtype}: convert it with .float()")
+    shape, dtype = (x.size(1),), x.dtype
+    for tensor in (running_mean, running_var, weight, bias):
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            _check_parameters(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+            break
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ShapeError(f"{missing} must be defined: give running_mean and running_var both or neither")
+    if not training and running_mean is None:
+        raise ShapeError("running_mean must be defined in evaluation mode")
+    if training and x.size(0) * math.prod(x.shape[2:]) == 1:
+        raise ShapeError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
+
+
+def _check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
     channels = x.size(1)
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, tensor in named.items():
+    for name, tensor in parameters.items():
         if tensor is None:
             continue
         if tensor.dim() != 1 or tensor.size(0) != channels:
@@ -148,13 +163,6 @@ def _check_input(
                 f"expected {name} to be {x.dtype} like the input (float32 does beside a narrower input), "
                 f"got {tensor.dtype}"
             )
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ShapeError(f"{missing} must be defined: give running_mean and running_var both or neither")
-    if not training and running_mean is None:
-        raise ShapeError("running_mean must be defined in evaluation mode")
-    if training and x.size(0) * math.prod(x.shape[2:]) == 1:
-        raise ShapeError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
 
 
 def _positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
