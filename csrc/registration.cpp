@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> stats(Tensor input, Maybe real) {
   const Dense x(input);
   const Mask mask(real, x);
   BatchStatistics batch(x.at.channels);
-  const Forward forward{x.at, Activation::none, x.data(), nullptr, mask.data, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const Forward forward{x.at, Activation::none, x.data(), nullptr, mask.data, nullptr, nullptr, nullptr, nullptr, nullptr, false};
   const Plan plan(x.at, x.x.element_size());
   with_statistics(plan, x, mask, forward, batch, kNothing, kNothing);
   return {batchnorm::statistic(static_cast<double>(mask.count)), batchnorm::statistics(batch.mean),
@@ -126,7 +126,8 @@ struct Normalization {
                       coefficients.scale.data(),
                       coefficients.shift.data(),
                       y.mutable_data_ptr(),
-                      needs_sign(activation, residual_) ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr};
+                      needs_sign(activation, residual_) ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr,
+                      x.past_cache()};
   }
   void set(int64_t c, double mean, double invstd) { coefficients.set(c, mean, invstd, weight, bias); }
   Plan plan() const { return Plan(x.at, (residual ? 2 : 1) * x.x.element_size()); }
@@ -224,7 +225,8 @@ struct Gradient {
                               coefficients.scale.data(),
                               coefficients.shift.data(),
                               nullptr,
-                              sign ? static_cast<uint8_t*>(const_cast<void*>(sign->const_data_ptr())) : nullptr};
+                              sign ? static_cast<uint8_t*>(const_cast<void*>(sign->const_data_ptr())) : nullptr,
+                              x.past_cache()};
     problem.grad = grad.const_data_ptr();
     problem.a = a.data();
     problem.b = b.data();

@@ -1,9 +1,11 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace batchnorm {
@@ -63,6 +65,17 @@ void ask_for_huge_pages([[maybe_unused]] const Tensor& fresh) {
   const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
   if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: a refusal changes nothing
 #endif
+}
+
+// Outputs larger than this leave the cache before anyone reads them: half of the last level, or of 16 MB where the system
+// does not tell.
+int64_t past_cache_limit() {
+  if (const char* chosen = std::getenv("BATCHNORM_PAST_CACHE")) return std::atoll(chosen);
+  int64_t last_level = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+  return (last_level > 0 ? last_level : int64_t{16} << 20) / 2;
 }
 
 template <class T>
@@ -133,6 +146,11 @@ Tensor Dense::output() const {
   Tensor fresh = empty(sizes, strides, x.scalar_type());
   ask_for_huge_pages(fresh);
   return fresh;
+}
+
+bool Dense::past_cache() const {
+  static const int64_t limit = past_cache_limit();
+  return x.numel() * static_cast<int64_t>(x.element_size()) > limit;
 }
 
 Tensor Dense::finished(Tensor output) const {

@@ -28,6 +28,8 @@ struct Dense {
   DType dtype;
 
   explicit Dense(const Tensor& x);
+  // Whether an output of this size is better written past the cache.
+  bool past_cache() const;
   int64_t count() const { return at.n * at.positions; }
   const void* data() const { return x.const_data_ptr(); }
   // `other`, of x's shape and dtype, in x's layout.

@@ -44,6 +44,7 @@ struct Forward {
   const void* shift;
   void* y;
   uint8_t* sign;
+  bool past_cache;  // whether the output is so large that the cache is better kept for what is read
 };
 
 // dz = grad * activation'(z); dx = dz * a - b - (x - center) * c. dresidual may be null.

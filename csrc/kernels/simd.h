@@ -140,6 +140,21 @@ inline void store(fp16* p, vf v) {
 }
 #endif
 
+// Past the cache, where the address allows: memory that is written whole is then not read first.
+template <class T, class V>
+inline void store_past_cache(T* p, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    if (reinterpret_cast<uintptr_t>(p) % 32 == 0) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+  }
+#endif
+  store(p, v);
+}
+
 // The first `count` values, and `fill` beyond them.
 template <class T>
 inline auto load_part(const T* p, int64_t count, T fill) {
