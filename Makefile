@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run test lint types format bench docs clean
+.PHONY: help install run test lint types format bench sanitize docs clean
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -41,8 +41,11 @@ format: $(INSTALLED) ## ruff: format and mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## time the layers and estimators beside their peers
+bench: $(INSTALLED) ## time the layers and estimators beside their peers (some minutes; leave the machine alone)
 	$(BIN)/python -m benchmarks
+
+sanitize: ## run the kernels under the address, undefined-behaviour and thread sanitizers
+	csrc/tests/run.sh
 
 docs: $(INSTALLED) ## regenerate the picture of the report that the README shows
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python docs/picture.py
