@@ -38,6 +38,11 @@ void for_each_range(const std::vector<Range>& ranges, const std::function<void(c
   for (std::thread& each : pool) each.join();
 }
 
+// Stores past the cache, where the kernels have them.
+void write_past_cache(auto& forward, bool wanted) {
+  if constexpr (requires { forward.past_cache; }) forward.past_cache = wanted;
+}
+
 struct Problem {
   Layout at;
   DType dtype;
@@ -93,6 +98,7 @@ void Problem::run(bool by_channel) {
   forward.shift = shift.data();
   forward.y = y.get();
   forward.sign = sign.get();
+  write_past_cache(forward, random.next() < 0.5);
   Backward backward{};
   backward.forward = forward;
   if (signs) backward.forward.residual = nullptr;

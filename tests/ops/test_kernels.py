@@ -135,6 +135,11 @@ def assert_close(ours: Tensor, exact: Tensor, error: float, what: str) -> None:
     assert bool((difference <= allowed).all()), f"{what}: {difference.max():.3g}, allowed {allowed.max():.3g}"
 
 
+def assert_equal(results: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> None:
+    """Bit for bit: the operators that do all at once do the same."""
+    assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+
+
 def check_forward(case: Case, layout: str) -> tuple[Tensor, ...]:
     """normalize and train_forward; returns the exact statistics and the sign to go on with."""
     x, wide = case.x, case.wide()
@@ -145,6 +150,8 @@ def check_forward(case: Case, layout: str) -> tuple[Tensor, ...]:
     size = max(1.0, z.abs().max().item() + residual) * case.roundings() + case.rounding_of_means(invstd)
 
     y, *statistics, sign = torch.ops.batchnorm.train_forward(x, *case.affine, case.mask, EPS, case.activation)
+    once = torch.ops.batchnorm.train_step(x, *case.affine, case.mask, None, None, EPS, 0.1, None, 1, case.activation)
+    assert_equal(once, (y, torch.cat([*statistics[1::2], statistics[0].view(1)]), sign))
     given, given_sign = torch.ops.batchnorm.normalize(x, mean, invstd, *case.affine, case.mask, case.activation)
     for result, bits, name in ((y, sign, "train_forward"), (given, given_sign, "normalize")):
         assert result.dtype == x.dtype
@@ -189,7 +196,9 @@ def check_backward(case: Case, layout: str, count: Tensor, mean: Tensor, invstd:
         assert_close(ours, theirs, number * (dz_size * size * case.roundings() + of_means), f"{name} {label}")
 
     dx, dresidual = ops.grad_input(*saved, count, *exact_sums, True)
-    step_dx, dweight, dbias, step_dresidual = ops.train_backward(*saved, count, True)
+    step_dx, dweight, dbias, step_dresidual = whole = ops.train_backward(*saved, count, True)
+    kept = torch.cat([mean, invstd, count.view(1)])
+    assert_equal(ops.train_step_backward(*saved[:2], kept, *saved[4:], True), whole)
     exact_dx, exact_dresidual = reference.grad_input(*exact_saved, count, *exact_sums, True)
     assert torch.equal(dz, exact_dresidual)
     size = scale * (dz_size * far * far * case.roundings() + of_means)
