@@ -24,7 +24,7 @@ MALLOC = {
     WARM: {f"MALLOC_{name}_": str(KEPT) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")},
 }
 MALLOC[WARM]["MALLOC_TOP_PAD_"] = str(1 << 28)
-GROUPS = (CONTIGUOUS, LAST, "others", "sweep")
+GROUPS = {DEFAULT: (CONTIGUOUS, LAST, "others"), WARM: (CONTIGUOUS, LAST, "others", "sweep", "compiled")}
 PEERS = ("torch", "torch in place", "oneDNN nhwc", "oneDNN blocked", "floor", "torch compiled", "ours compiled")
 USUAL = ("float32", "training")
 QUICK_GROUPS = {DEFAULT: (CONTIGUOUS, LAST), WARM: (CONTIGUOUS, LAST, "others", "sweep")}
@@ -51,8 +51,7 @@ def main() -> None:
     rows: list[Row] = []
     versions: dict[str, Any] = {"oneDNN": onednn.missing()}
     for regime in (WARM, DEFAULT):
-        groups = QUICK_GROUPS[regime] if options.quick else (*GROUPS, "compiled") if regime == WARM else GROUPS
-        for group in groups:
+        for group in (QUICK_GROUPS if options.quick else GROUPS)[regime]:
             measured, peers = measure(group, regime)
             rows += measured
             versions |= peers

@@ -33,7 +33,7 @@ def main() -> None:
         if small:
             times = interleave(timed, rounds=7, least=0.004, budget=0.5)
         else:
-            times = interleave(timed, rounds=21, least=0.01, budget=1.0)
+            times = interleave(timed, rounds=21, least=0.01, budget=0.7)
         row = {
             "part": case.part,
             "shape": "x".join(map(str, case.shape)),
