@@ -107,7 +107,7 @@ struct Normalization {
   Forward problem;
 
   Normalization(const Tensor& input, const Maybe& weight_, const Maybe& bias_, const Maybe& residual_, const Maybe& real,
-                const std::string& name)
+                const std::string& name, bool for_backward = true)
       : x(input),
         mask(real, x),
         activation(batchnorm::activation_named(name)),
@@ -115,7 +115,7 @@ struct Normalization {
         bias(batchnorm::doubles(bias_, x.at.channels, "bias")),
         coefficients(x.at.channels, x.dtype),
         y(x.output()),
-        sign(new_sign(x, needs_sign(activation, residual_))) {
+        sign(new_sign(x, for_backward && needs_sign(activation, residual_))) {
     if (residual_) residual = x.match(*residual_, "residual");
     problem = Forward{x.at,
                       activation,
@@ -126,7 +126,7 @@ struct Normalization {
                       coefficients.scale.data(),
                       coefficients.shift.data(),
                       y.mutable_data_ptr(),
-                      needs_sign(activation, residual_) ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr,
+                      sign.numel() > 0 ? static_cast<uint8_t*>(sign.mutable_data_ptr()) : nullptr,
                       x.past_cache()};
   }
   void set(int64_t c, double mean, double invstd) { coefficients.set(c, mean, invstd, weight, bias); }
@@ -143,6 +143,18 @@ std::tuple<Tensor, Tensor> normalize(Tensor input, Tensor mean, Tensor invstd, M
   const auto& kernels = batchnorm::kernels(all.x.dtype);
   all.plan().apply_only([&](const Range& range) { kernels.normalize(all.problem, range); });
   return {all.result(), all.sign};
+}
+
+Tensor infer(Tensor input, Tensor running_mean, Tensor running_var, Maybe weight, Maybe bias, Maybe residual, Maybe real,
+             double eps, std::string activation) {
+  Normalization all(input, weight, bias, residual, real, activation, false);
+  const int64_t channels = all.x.at.channels;
+  const auto mean = batchnorm::doubles(running_mean, channels, "running_mean");
+  const auto var = batchnorm::doubles(running_var, channels, "running_var");
+  for (int64_t c = 0; c < channels; ++c) all.set(c, mean[c], 1 / std::sqrt(var[c] + eps));
+  const auto& kernels = batchnorm::kernels(all.x.dtype);
+  all.plan().apply_only([&](const Range& range) { kernels.normalize(all.problem, range); });
+  return all.result();
 }
 
 // A batch's own statistics and the normalization with them: Algorithm 1.
@@ -407,6 +419,7 @@ STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("train_backward", TORCH_BOX(&train_backward));
   m.impl("update_running", TORCH_BOX(&update_running));
+  m.impl("infer", TORCH_BOX(&infer));
   m.impl("train_step", TORCH_BOX(&train_step));
   m.impl("train_step_backward", TORCH_BOX(&train_step_backward));
 }

@@ -8,9 +8,10 @@ inline V splat(double value) {
   return V{} + static_cast<std::remove_reference_t<decltype(V{}[0])>>(value);
 }
 
-// exp, within two roundings: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (Taylor to degree 7: 3e-9 there).
-inline vf exp(vf x) {
-  x = x > 88.0f ? splat<vf>(88.0) : x;
+// exp, within two roundings: 2^n times a polynomial on [-ln2 / 2, ln2 / 2] (Taylor to degree 7: 3e-9 there). Infinity and
+// zero beyond float's range, which the activations' limits are made of.
+inline vf exp(vf given) {
+  vf x = given > 88.0f ? splat<vf>(88.0) : given;
   x = x < -87.0f ? splat<vf>(-87.0) : x;  // a NaN passes both
   const vf shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the low bits
   const vf n = shifted - 12582912.0f;
@@ -20,7 +21,9 @@ inline vf exp(vf x) {
   constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   for (const float c : kTaylor) p = p * r + c;
   const vi power = ((vi)shifted - 0x4b400000 + 127) << 23;
-  return p * (vf)power;
+  const vf inside = p * (vf)power;
+  const vf below = given < -87.0f ? vf{} : inside;
+  return given > 88.0f ? splat<vf>(__builtin_inf()) : below;
 }
 inline vd exp(vd x) {
   for (int i = 0; i < W / 2; ++i) x[i] = __builtin_exp(x[i]);
@@ -79,12 +82,15 @@ inline V activation_gradient(V grad, V z) {
   } else if constexpr (A == Activation::leaky_relu) {
     return z <= zero ? grad * splat<V>(0.01) : grad;
   } else if constexpr (A == Activation::silu) {
-    const V s = splat<V>(1) / (splat<V>(1) + exp(-z));
-    return grad * s * (splat<V>(1) + z * (splat<V>(1) - s));
+    const V e = exp(-z);
+    const V s = splat<V>(1) / (splat<V>(1) + e);
+    // z (1 - s) as z e s, and 0 where e is infinite: z is far out on the left, and the slope is nothing there.
+    const V slope = s * (splat<V>(1) + z * (e * s));
+    return grad * (e > splat<V>(3e38) ? zero : slope);
   } else if constexpr (A == Activation::gelu) {
     const V phi = splat<V>(0.39894228040143268) * exp(z * z * splat<V>(-0.5));
     const V cdf = splat<V>(0.5) * (splat<V>(1) + erf(z * splat<V>(0.70710678118654752)));
-    return grad * (cdf + z * phi);
+    return grad * (phi == zero ? cdf : cdf + z * phi);  // far out z may be infinite
   } else if constexpr (A == Activation::hardswish) {
     const V inner = z <= splat<V>(-3) ? zero : z * splat<V>(1.0 / 3) + splat<V>(0.5);
     return grad * (z < splat<V>(3) ? inner : splat<V>(1));

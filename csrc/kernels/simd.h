@@ -155,6 +155,13 @@ inline void store_past_cache(T* p, V v) {
   store(p, v);
 }
 
+// Such stores are not in order with others: to be called when a range is done, before another thread is told.
+inline void finish_stores_past_cache() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first `count` values, and `fill` beyond them.
 template <class T>
 inline auto load_part(const T* p, int64_t count, T fill) {

@@ -39,6 +39,7 @@ def arguments(name: str, activation: str = "relu", residual: bool = False, dtype
         # No gradient of its own: a second derivative goes through grad_sums and grad_input.
         "train_backward": plain(*saved, count, residual),
         "update_running": (torch.zeros(3), torch.ones(3), mean, m2 / count, count, 0.1, None, 1),
+        "infer": plain(x, torch.randn(3), torch.rand(3), weight, bias, extra, mask, 1e-5, activation),
         "train_step": plain(
             x, weight, bias, extra, mask, torch.zeros(3), torch.ones(3), 1e-5, 0.1, None, 1, activation
         ),

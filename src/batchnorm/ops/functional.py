@@ -93,11 +93,7 @@ def batch_norm(
     if not training:
         assert running_mean is not None
         assert running_var is not None
-        dtype = statistics_dtype(input.device)
-        # Copies: a later training step moves the buffers in place, and the backward of this call must not notice.
-        mean = running_mean.detach().to(dtype, copy=True)
-        invstd = torch.rsqrt(running_var.detach().to(dtype) + eps)
-        return _operators().normalize(input, mean, invstd, weight, bias, residual, real, act)[0]
+        return _evaluate(input, running_mean, running_var, weight, bias, residual, real, eps, act)
 
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
@@ -111,6 +107,31 @@ def batch_norm(
         with torch.no_grad():
             ops.update_running(running_mean, running_var, mean.detach(), var.detach(), count, *running)
     return y
+
+
+def _evaluate(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    if _plain_eager() and not (
+        torch.is_grad_enabled()
+        and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias, residual))
+    ):
+        return torch.ops.batchnorm.infer(
+            input, running_mean, running_var, weight, bias, residual, mask, eps, activation
+        )
+    dtype = statistics_dtype(input.device)
+    # Copies: a later training step moves the buffers in place, and the backward of this call must not notice.
+    mean = running_mean.detach().to(dtype, copy=True)
+    invstd = torch.rsqrt(running_var.detach().to(dtype) + eps)
+    return _operators().normalize(input, mean, invstd, weight, bias, residual, mask, activation)[0]
 
 
 def _plain_eager() -> bool:

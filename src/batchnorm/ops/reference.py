@@ -165,6 +165,23 @@ def update_running(
         running.copy_(torch.where(known & (step > 0), moved, running.to(batch.dtype)))
 
 
+def infer(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """Algorithm 2, step 10: the same normalization with the population's statistics."""
+    dtype = statistics_dtype(x.device)
+    invstd = torch.rsqrt(running_var.to(dtype) + eps)
+    return normalize(x, running_mean.to(dtype), invstd, weight, bias, residual, mask, activation)[0]
+
+
 def train_step(
     x: Tensor,
     weight: Tensor | None,

@@ -55,6 +55,10 @@ def _train_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _laid_out(x, dx), dweight, dbias, _residual_laid_out(x, dresidual)
 
 
+def _infer(x: Tensor, *rest: Any) -> Tensor:
+    return _laid_out(x, reference.infer(x, *rest))
+
+
 def _train_step(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     y, saved, sign = reference.train_step(x, *rest)
     return _laid_out(x, y), saved, sign
@@ -138,6 +142,10 @@ def _fake_train_backward(
         for parameter in (weight, bias)
     )
     return torch.empty_like(x), dweight, dbias, torch.empty_like(x) if rest[-1] else x.new_empty(0)
+
+
+def _fake_infer(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _fake_train_step(x: Tensor, weight: Any, bias: Any, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -328,6 +336,8 @@ def _vmap_one_by_one(name: str) -> Callable[..., tuple[Any, Any]]:
             operator(*[arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)])
             for i in range(info.batch_size)
         ]
+        if isinstance(members[0], Tensor):
+            return torch.stack(members), 0
         outputs = tuple(torch.stack(values) for values in zip(*members, strict=True))
         return outputs, (0,) * len(outputs)
 
@@ -342,6 +352,7 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "grad_input": _grad_input,
     "train_backward": _train_backward,
     "update_running": reference.update_running,
+    "infer": _infer,
     "train_step": _train_step,
     "train_step_backward": _train_step_backward,
 }
@@ -353,6 +364,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "grad_input": _fake_grad_input,
     "train_backward": _fake_train_backward,
     "update_running": _fake_update_running,
+    "infer": _fake_infer,
     "train_step": _fake_train_step,
     "train_step_backward": _fake_train_step_backward,
 }

@@ -64,6 +64,8 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "update_running": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count, "
     f"{_RUNNING}) -> ()",
+    "infer": f"(Tensor x, Tensor running_mean, Tensor running_var, {_AFFINE}, Tensor? mask, float eps, str activation)"
+    " -> Tensor y",
     "train_step": f"(Tensor x, {_AFFINE}, Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, "
     f"{_RUNNING}, str activation) -> (Tensor y, Tensor saved, Tensor sign)",
     "train_step_backward": f"(Tensor grad, Tensor x, Tensor saved, {_AFFINE}, Tensor? sign, Tensor? mask, "

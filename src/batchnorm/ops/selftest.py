@@ -170,6 +170,7 @@ def _results(ops: object, data: _Data) -> dict[str, tuple[Tensor, ...]]:
         "grad_input": call("grad_input")(*saved, count, *sums, True),
         "train_backward": call("train_backward")(*plain, count, False)[:1],
         "update_running": running,
+        "infer": (call("infer")(d.x, mean, var, d.weight, d.bias, None, None, EPS, "relu"),),
         "train_step + residual, silu": step[:1],
         "train_step_backward + residual, silu": call("train_step_backward")(
             d.grad, d.x, kept, d.weight, d.bias, d.residual, None, None, "silu", True
