@@ -5,9 +5,12 @@
 namespace batchnorm {
 
 extern const Kernels kernels_baseline[4];
+extern const FeatureKernels features_baseline[4];
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2[4];
+extern const FeatureKernels features_avx2[4];
 extern const Kernels kernels_avx512[4];
+extern const FeatureKernels features_avx512[4];
 #endif
 
 namespace {
@@ -19,11 +22,11 @@ std::vector<InstructionSet> available() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512) sets.push_back({"avx512", kernels_avx512});
-  if (avx2) sets.push_back({"avx2", kernels_avx2});
+  if (avx512) sets.push_back({"avx512", kernels_avx512, features_avx512});
+  if (avx2) sets.push_back({"avx2", kernels_avx2, features_avx2});
 #endif
   // What the compiler assumes of every processor: SSE2 on x86-64, NEON on 64-bit Arm.
-  sets.push_back({"baseline", kernels_baseline});
+  sets.push_back({"baseline", kernels_baseline, features_baseline});
   return sets;
 }
 
@@ -42,6 +45,7 @@ const InstructionSet& current() {
 }  // namespace
 
 const Kernels& kernels(DType dtype) { return current().by_dtype[static_cast<int>(dtype)]; }
+const FeatureKernels& feature_kernels(DType dtype) { return current().features_by_dtype[static_cast<int>(dtype)]; }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;

@@ -4,12 +4,14 @@
 #include <string>
 #include <vector>
 
+#include "kernels/features.h"
 #include "kernels/problem.h"
 
 namespace batchnorm {
 
 // The kernels for a type of data, of the chosen instruction set.
 const Kernels& kernels(DType dtype);
+const FeatureKernels& feature_kernels(DType dtype);
 
 // The names of the sets that this processor can run, the best first; the first is chosen to begin with.
 std::vector<std::string> instruction_sets();

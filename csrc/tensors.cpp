@@ -55,18 +55,6 @@ Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
   return Tensor(handle);
 }
 
-// Fresh memory of this size costs a page fault each 4 KB, more than the arithmetic on it; huge pages make that 2 MB.
-void ask_for_huge_pages([[maybe_unused]] const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto bytes = static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
-  if (bytes < 2 * kHuge) return;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#endif
-}
-
 // Outputs larger than this leave the cache before anyone reads them: half of the last level, or of 16 MB where the system
 // does not tell.
 int64_t past_cache_limit() {
@@ -106,6 +94,17 @@ void read(const void* from, DType dtype, int64_t n, double* to) {
 }
 
 }  // namespace
+
+void ask_for_huge_pages([[maybe_unused]] const Tensor& fresh) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = 2 << 20;
+  const auto bytes = static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
+  if (bytes < 2 * kHuge) return;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
+  const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
+  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
 
 Dense::Dense(const Tensor& given) : x(given), like(given), at{}, dtype(dtype_of(given)) {
   const int64_t dims = x.dim();

@@ -19,6 +19,9 @@ namespace batchnorm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Fresh memory of this size costs a page fault each 4 KB, more than the arithmetic on it; huge pages make that 2 MB.
+void ask_for_huge_pages(const Tensor& fresh);
+
 // x as the kernels take it: dense, in one of the two layouts. A tensor with other strides is copied, and results go back into
 // a tensor of x's own strides: that costs a pass each way, and every layout that torch's own layers produce is spared it.
 struct Dense {

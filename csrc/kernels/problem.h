@@ -68,10 +68,13 @@ struct Kernels {
   void (*grad_input)(const Backward&, const Range&);
 };
 
-// A table of kernels by DType, for each instruction set that this binary has; `name` is what people call it.
+struct FeatureKernels;  // features.h
+
+// Tables of kernels by DType, for each instruction set that this binary has; `name` is what people call it.
 struct InstructionSet {
   const char* name;
   const Kernels* by_dtype;
+  const FeatureKernels* features_by_dtype;
 };
 
 // Double and coefficient arrays that rows kernels use are readable and writable up to this multiple of channels.

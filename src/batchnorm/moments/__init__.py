@@ -1,7 +1,8 @@
 """Counts, means and sums of squared deviations that merge exactly: the package's one definition of mean and variance.
 
 :class:`Moments` holds them for each channel, :class:`Scatter` with all products between channels. Both are computed
-block by block in float64 with two passes over each block (never ``E[x^2] - E[x]^2``) and combined by Chan's formulas
+in float64 from deviations (never ``E[x^2] - E[x]^2``), Moments by the operator ``batchnorm::moments`` in one pass over
+the memory (see ``operator``), and combined by Chan's formulas
 
     n      = n_a + n_b
     delta  = mean_b - mean_a

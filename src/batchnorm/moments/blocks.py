@@ -1,4 +1,4 @@
-"""Cut data of any size into blocks, and compute what one block contributes.
+"""Cut data of any size into blocks.
 
 A float64 copy is only ever made of one block, so that statistics of float32 data need no more memory than the data.
 """
@@ -6,7 +6,7 @@ A float64 copy is only ever made of one block, so that statistics of float32 dat
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,51 +59,11 @@ class _WritableView:
         self.__array_interface__ = interface
 
 
-class BlockSums(NamedTuple):
-    """What one block contributes: each of shape (C,), float64; ``n`` values with the mean ``mean + mean_low``."""
-
-    n: Tensor
-    mean: Tensor
-    mean_low: Tensor
-    m2: Tensor
-
-
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The rounded sum and its rounding error, exactly (D. E. Knuth, TAOCP vol. 2, 4.2.2)."""
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
-
-
-def block_sums(x: Tensor, weights: Tensor | None, channel_axis: int) -> BlockSums:
-    """Two passes over one block: a first mean, then deviations from it and what they say it missed.
-
-    ``x`` is real and of any dtype; ``weights`` is float64, broadcasts over ``x`` and is 0 where a value must not count,
-    whatever it is. This is the inner loop that a native kernel may replace.
-    """
-    axes = [a for a in range(x.ndim) if a != channel_axis]
-    shape = [-1 if a == channel_axis else 1 for a in range(x.ndim)]
-    x = x.to(torch.float64)
-    if weights is None:
-        count = x.new_full((x.shape[channel_axis],), x.numel() // x.shape[channel_axis])
-        anchor = x.mean(axes)
-        # Close to the anchor the subtraction is exact, so the rounding of the anchor itself does no harm.
-        deviation = x - anchor.view(shape)
-        rest = deviation.sum(axes)
-        squares = deviation.square_().sum(axes)
-    else:
-        weights = weights.expand(x.shape)
-        counts = weights > 0
-        count = weights.sum(axes)
-        divisor = torch.where(count > 0, count, 1)
-        anchor = (torch.where(counts, x, 0) * weights).sum(axes) / divisor
-        deviation = torch.where(counts, x - anchor.view(shape), 0)
-        weighted = deviation * weights
-        rest = weighted.sum(axes)
-        squares = weighted.mul_(deviation).sum(axes)
-    correction = rest / torch.where(count > 0, count, 1)
-    mean, mean_low = two_sum(anchor, correction)
-    return BlockSums(count, mean, mean_low, (squares - rest * correction).clamp_min_(0))
 
 
 def _position_weights(weights: Any, mask: Any, x: Tensor, channel_axis: int) -> Tensor | None:
@@ -131,11 +91,13 @@ def _position_weights(weights: Any, mask: Any, x: Tensor, channel_axis: int) -> 
 
 
 def cut_blocks(
-    x: Tensor, weights: Tensor | None, channel_axis: int, min_rows: int = _BLOCK_MIN_ROWS
+    x: Tensor, weights: Tensor | None, channel_axis: int, min_rows: int | None = None, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Cut ``x``, never across channels, so that the float64 copy of a piece is small whatever the size of ``x``."""
-    limit = _BLOCK_ELEMENTS if x.device.type == "cpu" else _BLOCK_ELEMENTS_ACCELERATOR
-    limit = max(limit, min_rows * x.shape[channel_axis])
+    limit = limit or _BLOCK_ELEMENTS
+    limit = max(limit, (min_rows or _BLOCK_MIN_ROWS) * x.shape[channel_axis])
+    if x.device.type != "cpu":
+        limit = max(limit, _BLOCK_ELEMENTS_ACCELERATOR)
     axis = next((a for a, size in enumerate(x.shape) if a != channel_axis and size > 1), None)
     if x.numel() <= limit or axis is None:
         if x.numel():
@@ -151,7 +113,7 @@ def cut_blocks(
         if piece.numel() <= limit:
             yield piece, w
         else:
-            yield from cut_blocks(piece, w, channel_axis, min_rows)
+            yield from cut_blocks(piece, w, channel_axis, min_rows, limit)
 
 
 def prepare(x: Any, channel_axis: int | None, weights: Any, mask: Any) -> tuple[Tensor, Tensor | None, int]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from batchnorm._errors import DtypeError, InputError, ShapeError
-from batchnorm.moments.blocks import block_sums, cut_blocks, prepare, sample_rows, two_sum
+from batchnorm.moments.blocks import prepare, sample_rows, two_sum
+from batchnorm.moments.operator import compute, pieces
+from batchnorm.moments.products import products_about
 
 
 @overload
@@ -129,15 +131,14 @@ class Moments(Mergeable):
 
         Gradients don't flow. Raises ShapeError, DtypeError (complex, text), InputError (negative weights).
         """
-        data, w, axis = prepare(x, channel_axis, weights, mask)
+        return cls._of(*prepare(x, channel_axis, weights, mask), skip_nan=skip_nan)
+
+    @classmethod
+    def _of(cls, data: Tensor, weights: Tensor | None, axis: int, skip_nan: bool) -> Self:
         moments = cls.empty(data.shape[axis], data.device)
         with torch.no_grad():
-            for block, block_weights in cut_blocks(data, w, axis):
-                sums = block_sums(block, block_weights, axis)
-                if skip_nan and bool(torch.isnan(sums.mean).any()):
-                    present = torch.isnan(block).logical_not_().to(torch.float64)
-                    sums = block_sums(block, present if block_weights is None else present * block_weights, axis)
-                moments = moments.merge(cls(*sums))
+            for part, part_weights in pieces(data, weights, axis):
+                moments = moments.merge(cls(*compute(part, part_weights, skip_nan)[:4]))
         return moments
 
     def merge(self, other: Self) -> Self:
@@ -192,16 +193,15 @@ class Scatter(Mergeable):
         data, w, axis = prepare(x, channel_axis, weights, mask)
         scatter = cls.empty(data.shape[axis], data.device)
         with torch.no_grad():
+            total = Moments._of(data, w, axis, skip_nan=False)
+            if bool(torch.isfinite(total.mean).all()):  # no sample is incomplete
+                return cls(total.count.amax(), total.mean, total.mean_low, products_about(data, w, axis, total.mean))
             for rows, row_weights in sample_rows(data, w, axis, skip_nan):
-                scatter = scatter.merge(cls._from_rows(rows, row_weights))
+                own = Moments(*compute(rows, row_weights, False)[:4])
+                deviation = (rows - own.mean).sub_(own.mean_low)
+                weighted = deviation if row_weights is None else deviation * row_weights.unsqueeze(1)
+                scatter = scatter.merge(cls(own.count[0], own.mean, own.mean_low, weighted.T @ deviation))
         return scatter
-
-    @classmethod
-    def _from_rows(cls, rows: Tensor, weights: Tensor | None) -> Self:
-        sums = block_sums(rows, None if weights is None else weights.unsqueeze(1), 1)
-        deviation = (rows - sums.mean) - sums.mean_low
-        weighted = deviation if weights is None else deviation * weights.unsqueeze(1)
-        return cls(sums.n[0], sums.mean, sums.mean_low, weighted.T @ deviation)
 
     def merge(self, other: Self) -> Self:
         """The scatter of both sets of vectors together, on this one's device. Raises ShapeError, DtypeError."""

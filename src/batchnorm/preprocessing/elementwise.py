@@ -8,8 +8,9 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from batchnorm.preprocessing import affine as affine  # the operator
 from batchnorm.preprocessing.base import Normalizer
-from batchnorm.preprocessing.inputs import Batch
+from batchnorm.preprocessing.inputs import Batch, refuse_infinite
 from batchnorm.preprocessing.modules import ScalingModule
 
 
@@ -23,22 +24,34 @@ class Affine:
     offset: float = 0.0
     clip: tuple[float, float] | None = None
 
-    def apply(self, batch: Batch, *, inverse: bool, in_place: bool) -> Tensor:
-        """The transform in float64, rounded once to the dtype; ``in_place`` where the memory allows."""
+    def apply(self, batch: Batch, *, inverse: bool, in_place: bool) -> tuple[Tensor, bool]:
+        """The transform in float64, rounded once to the dtype; and whether an infinite value was met.
+
+        ``in_place``: where the memory allows.
+        """
         dtype = batch.float_dtype
-        in_place = in_place and batch.writable and batch.values.dtype == dtype
-        out = batch.values if in_place else torch.empty_like(batch.values, dtype=dtype)
-        mean, low, scale = (batch.along_channels(s) for s in (self.mean, self.mean_low, self.scale))
+        same = batch.values.dtype == dtype
+        out = batch.values if in_place and batch.writable and same else torch.empty_like(batch.values, dtype=dtype)
+        statistics = tuple(s.to(out.device) for s in (self.mean, self.mean_low, self.scale))
+        numbers = (self.offset, *(self.clip or (-torch.inf, torch.inf)), inverse)
+        x, y = _three_axes(batch.values, batch.axis), _three_axes(out, batch.axis)
+        if same and x is not None and y is not None:
+            return out, bool(torch.ops.batchnorm.affine(x, *statistics, *numbers, y))
+        infinite = False
         for block, values in batch.row_blocks():
-            y = torch.empty_like(values, dtype=torch.float64).copy_(values)
-            if inverse:
-                y.sub_(self.offset).mul_(scale).add_(low).add_(mean)
-            else:
-                y.sub_(mean).sub_(low).div_(scale).add_(self.offset)
-                if self.clip is not None:
-                    y.clamp_(*self.clip)
-            out[block] = y
-        return out
+            copied = torch.empty(values.shape, dtype=torch.float64, device=out.device).copy_(values)
+            y = _three_axes(copied, batch.axis)
+            infinite |= bool(torch.ops.batchnorm.affine(y, *statistics, *numbers, y))
+            out[block] = copied
+        return out, infinite
+
+
+def _three_axes(x: Tensor, channel_axis: int) -> Tensor | None:
+    """``x`` as (N, C) or (N, C, P) if that takes no copy."""
+    try:
+        return x if x.ndim == 2 else x.movedim(channel_axis, 1).view(x.shape[0], x.shape[channel_axis], -1)
+    except RuntimeError:
+        return None
 
 
 class ElementwiseNormalizer(Normalizer):
@@ -50,7 +63,13 @@ class ElementwiseNormalizer(Normalizer):
         raise NotImplementedError
 
     def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:
-        return self._affine().apply(batch, inverse=inverse, in_place=not (self.copy if copy is None else copy))
+        in_place = not (self.copy if copy is None else copy)
+        if in_place:
+            refuse_infinite(self, batch)  # before anything is written
+        out, infinite = self._affine().apply(batch, inverse=inverse, in_place=in_place)
+        if infinite:
+            refuse_infinite(self, batch)
+        return out
 
     def to_module(self, dtype: torch.dtype = torch.float32) -> ScalingModule:
         check_is_fitted(self)

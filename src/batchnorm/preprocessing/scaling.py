@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._errors import InputError, ShapeError
-from batchnorm.moments.blocks import cut_blocks
+from batchnorm.moments.operator import compute, pieces
 from batchnorm.preprocessing.base import Array, is_constant, samples_seen
 from batchnorm.preprocessing.centering import MomentsNormalizer
 from batchnorm.preprocessing.elementwise import Affine, ElementwiseNormalizer
@@ -87,21 +87,15 @@ class Extrema:
     @classmethod
     def from_batch(cls, x: Tensor, channel_axis: int, weights: Tensor | None) -> Self:
         """The extrema of ``x`` (N, C, *) over all axes but ``channel_axis``, without NaN; ``weights``: (N,)."""
-        axes = [a for a in range(x.ndim) if a != channel_axis]
         positions = x.numel() // max(1, x.shape[0] * x.shape[channel_axis])
         rows = torch.tensor(float(x.shape[0])) if weights is None else weights.sum()
         if weights is not None and not bool((weights > 0).all()):
             x = x[weights > 0]
         low = x.new_full((x.shape[channel_axis],), torch.inf, dtype=torch.float64)
         high = -low
-        for block, _ in cut_blocks(x, None, channel_axis):
-            values = block if block.is_floating_point() else block.to(torch.float64)
-            smallest, largest = values.amin(axes), values.amax(axes)
-            if bool(torch.isnan(smallest).any()):
-                missing = torch.isnan(values)
-                smallest = values.masked_fill(missing, torch.inf).amin(axes)
-                largest = values.masked_fill(missing, -torch.inf).amax(axes)
-            low, high = torch.minimum(low, smallest.double()), torch.maximum(high, largest.double())
+        for part, _ in pieces(x, None, channel_axis):
+            sums = compute(part, None, True)
+            low, high = torch.minimum(low, sums.low), torch.maximum(high, sums.high)
         return cls((rows * positions).to(low).expand_as(low), low, high)
 
     def merge(self, other: Self) -> Self:
