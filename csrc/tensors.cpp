@@ -55,15 +55,16 @@ Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& stri
   return Tensor(handle);
 }
 
-// Outputs larger than this leave the cache before anyone reads them: half of the last level, or of 16 MB where the system
-// does not tell.
+// Outputs larger than this are written past the cache: half of the last level, of which no more than 32 MB are counted, since
+// what a processor of many cores has beyond that is not ours alone.
 int64_t past_cache_limit() {
   if (const char* chosen = std::getenv("BATCHNORM_PAST_CACHE")) return std::atoll(chosen);
+  constexpr int64_t kMost = int64_t{32} << 20;
   int64_t last_level = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
 #endif
-  return (last_level > 0 ? last_level : int64_t{16} << 20) / 2;
+  return (last_level > 0 ? std::min(last_level, kMost) : kMost) / 2;
 }
 
 template <class T>

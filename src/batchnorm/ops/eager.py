@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from batchnorm.ops.registration import differentiable_backward
+from batchnorm.ops import registration as registration  # defines the operators
+from batchnorm.ops.gradients import differentiable_backward
 from batchnorm.ops.schema import needs_residual
 
 _train_step = torch.ops.batchnorm.train_step.default

@@ -18,7 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional
 
 from batchnorm.moments import bessel_factor
-from batchnorm.ops.schema import LEAKY_SLOPE, needs_sign, runs, statistics_dtype
+from batchnorm.ops.activations import activate, activation_slope, kinked_slope
+from batchnorm.ops.schema import needs_sign, runs, statistics_dtype
 
 
 def stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,46 +222,6 @@ def train_step_backward(
     return train_backward(grad, x, mean, invstd, *affine, count.reshape(()), want_residual)
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
-    """The activation itself."""
-    match activation:
-        case "none":
-            return z
-        case "relu":
-            return functional.relu(z)
-        case "leaky_relu":
-            return functional.leaky_relu(z, LEAKY_SLOPE)
-        case "silu":
-            return functional.silu(z)
-        case "gelu":
-            return functional.gelu(z)
-        case "hardswish":
-            return functional.hardswish(z)
-    raise ValueError(f"unknown activation {activation!r}")
-
-
-def activation_slope(z: Tensor, activation: str) -> Tensor:
-    """Its derivative. At a kink it is torch's choice: 0 for relu at 0; a NaN passes the gradient on."""
-    match activation:
-        case "silu":
-            s = torch.sigmoid(z)
-            return s * (1 + z * (1 - s))
-        case "gelu":
-            density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-            return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-        case "hardswish":
-            inner = torch.where(z <= -3, torch.zeros_like(z), z / 3 + 0.5)
-            return torch.where(z < 3, inner, torch.ones_like(z))
-    return _kinked_slope(~(z <= 0), activation, z)
-
-
-def _kinked_slope(above: Tensor, activation: str, like: Tensor) -> Tensor:
-    one = torch.ones_like(like)
-    if activation == "none":
-        return one
-    return torch.where(above, one, LEAKY_SLOPE * one if activation == "leaky_relu" else torch.zeros_like(one))
-
-
 def _grad_z(
     grad: Tensor,
     x: Tensor,
@@ -276,7 +237,7 @@ def _grad_z(
     if activation == "none":
         return dz
     if sign is not None and sign.numel() > 0:
-        slope = _kinked_slope(_unpack(sign, x), activation, dz)
+        slope = kinked_slope(_unpack(sign, x), activation, dz)
     else:
         slope = activation_slope(_preactivation(x_hat, weight, bias, residual, mask), activation)
     return _real(dz * slope, mask)
