@@ -215,16 +215,6 @@ inline vd low(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, 
 inline vd high(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), vd); }
 #endif
 
-// The reverse, each value rounded.
-inline vf narrow(vd a, vd b) {
-  vf v;
-  for (int i = 0; i < W / 2; ++i) {
-    v[i] = static_cast<float>(a[i]);
-    v[i + W / 2] = static_cast<float>(b[i]);
-  }
-  return v;
-}
-
 inline double total(vd v) {
   double sum = 0;
   for (int i = 0; i < W / 2; ++i) sum += v[i];
