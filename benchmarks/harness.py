@@ -78,7 +78,7 @@ def interleave(
         repeats[name] = max(1, int(least / once))
         expected += once * repeats[name]
     times: dict[str, list[float]] = {name: [] for name in clocks}
-    for _ in range(max(5, min(rounds, int(budget / expected)))):
+    for _ in range(max(5, int(min(rounds, budget / expected)))):
         for name, clock in clocks.items():
             times[name].append(clock.seconds(repeats[name]))
     return {
@@ -132,5 +132,5 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if words else "right")
     for row in rows:
         values = [row[name] for name in columns]
-        table.add_row(*[f"{value:.3g}" if isinstance(value, float) else str(value) for value in values])
+        table.add_row(*[f"{v:.3g}" if isinstance(v, float) else "–" if v is None else str(v) for v in values])
     Console(width=160).print(table)
