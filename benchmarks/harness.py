@@ -132,5 +132,5 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(name, justify="left" if words else "right")
     for row in rows:
         values = [row[name] for name in columns]
-        table.add_row(*[f"{v:.3g}" if isinstance(v, float) else "–" if v is None else str(v) for v in values])
+        table.add_row(*[f"{v:.3g}" if isinstance(v, float) else "-" if v is None else str(v) for v in values])
     Console(width=160).print(table)
