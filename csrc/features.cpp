@@ -19,22 +19,13 @@ using batchnorm::DType;
 using batchnorm::kPadding;
 using batchnorm::Matrix;
 using batchnorm::MomentsState;
+using batchnorm::dtype_of;
 using batchnorm::ScalarType;
 using batchnorm::Tensor;
 using Maybe = std::optional<Tensor>;
 
 constexpr int64_t kWorthAThread = 32768;  // values
 constexpr int64_t kLanes = 64;            // columns that a long run of one channel is folded to
-
-DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "expected a floating point tensor (float32, float64, bfloat16 or float16)");
-  }
-}
 
 // x (N, C) or (N, C, P) as it lies in memory:
 //   rows:   one matrix of N P samples, the channels of a sample side by side,

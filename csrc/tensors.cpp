@@ -9,7 +9,6 @@
 #endif
 
 namespace batchnorm {
-namespace {
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -20,6 +19,8 @@ DType dtype_of(const Tensor& x) {
     default: STD_TORCH_CHECK(false, "expected a floating point tensor (float32, float64, bfloat16 or float16)");
   }
 }
+
+namespace {
 
 // Whether the dimensions in this order, the last innermost, lie in memory without gaps.
 bool dense_in_order(const Tensor& x, const std::vector<int64_t>& order) {

@@ -22,6 +22,9 @@ using torch::stable::Tensor;
 // Fresh memory of this size costs a page fault each 4 KB, more than the arithmetic on it; huge pages make that 2 MB.
 void ask_for_huge_pages(const Tensor& fresh);
 
+// The type of floating-point data; an error for any other.
+DType dtype_of(const Tensor& x);
+
 // x as the kernels take it: dense, in one of the two layouts. A tensor with other strides is copied, and results go back into
 // a tensor of x's own strides: that costs a pass each way, and every layout that torch's own layers produce is spared it.
 struct Dense {

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from batchnorm.ops import native, reference
+from ops.steps import EPS, assert_same, exact, ours
 
-EPS = 1e-5
 HUGE = "BATCHNORM_TEST_HUGE"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -34,26 +34,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def step(ops, x, grad, activation="relu", residual=None, mask=None):
-    """Forward and backward: y, mean, var, dx, dweight, dbias, and the residual's gradient."""
-    y, count, mean, var, invstd, sign = ops.train_forward(x, None, None, residual, mask, EPS, activation)
-    saved = (mean, invstd, None, None, residual, sign, mask, activation, count, residual is not None)
-    return y, mean, var, *ops.train_backward(grad, x, *saved)
-
-
-def ours(*args, **kwargs):
-    return step(torch.ops.batchnorm, *args, **kwargs)
-
-
-def exact(*args, **kwargs):
-    return step(reference, *args, **kwargs)
-
-
-def assert_same(results, expected, rtol=2e-5, atol=2e-5):
-    for result, truth in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, truth, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())

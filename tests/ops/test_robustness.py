@@ -11,9 +11,9 @@ import torch
 import batchnorm as bn
 from batchnorm.ops import native, reference
 from batchnorm.ops.schema import ACTIVATIONS
+from ops.steps import assert_same, exact, ours
 
 LAST = torch.channels_last
-EPS = 1e-5
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": LAST}
 by_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 
@@ -38,26 +38,6 @@ def every_set():
 
     yield choose
     torch.ops.batchnorm._instruction_set(before)
-
-
-def step(ops, x, grad, activation="relu", residual=None, mask=None):
-    """Forward and backward: y, mean, var, dx, dweight, dbias, and the residual's gradient."""
-    y, count, mean, var, invstd, sign = ops.train_forward(x, None, None, residual, mask, EPS, activation)
-    saved = (mean, invstd, None, None, residual, sign, mask, activation, count, residual is not None)
-    return y, mean, var, *ops.train_backward(grad, x, *saved)
-
-
-def ours(*args, **kwargs):
-    return step(torch.ops.batchnorm, *args, **kwargs)
-
-
-def exact(*args, **kwargs):
-    return step(reference, *args, **kwargs)
-
-
-def assert_same(results, expected, rtol=2e-5, atol=2e-5):
-    for result, truth in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, truth, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
