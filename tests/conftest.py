@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from batchnorm.ops import native
+from batchnorm.ops.native import Status
+from batchnorm.ops.schema import SCHEMAS
+
 torch.set_num_threads(1)
 
 
@@ -23,3 +27,14 @@ def _seeded() -> Iterator[None]:
 def promised_native() -> bool:
     """Whether this machine has promised a C++ library (then its absence is a failure)."""
     return os.environ.get("BATCHNORM_REQUIRE_NATIVE") == "1"
+
+
+@pytest.fixture
+def library(promised_native: bool) -> Status:
+    """The loaded C++ library with a kernel for every operator; its absence fails where it was promised."""
+    status = native.status()
+    if status.active != "native" and not promised_native:
+        pytest.skip(f"no C++ library here: {status.reason}")
+    assert status.active == "native", status.reason
+    assert set(status.operators) == set(SCHEMAS)
+    return status

@@ -12,20 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from batchnorm.ops import native, reference
+from batchnorm.ops import reference
 from ops.steps import EPS, assert_same, exact, ours
 
 HUGE = "BATCHNORM_TEST_HUGE"
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-
-@pytest.fixture(autouse=True)
-def library(promised_native):
-    """The loaded library; its absence fails where it was promised."""
-    status = native.status()
-    if status.active != "native" and not promised_native:
-        pytest.skip(f"no C++ library here: {status.reason}")
-    assert status.active == "native", status.reason
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from batchnorm.ops import native, reference
-from batchnorm.ops.schema import ACTIVATIONS, SCHEMAS
+from batchnorm.ops import reference
+from batchnorm.ops.schema import ACTIVATIONS
 
 SETS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,17 +49,6 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], Any]] = {
     "expanded": ((1, 7, 5, 3), lambda x: x.expand(4, -1, -1, -1)),
     "misaligned": ((2, 5, 7, 3), lambda x: x.flatten()[1:181].view(2, 5, 6, 3)),
 }
-
-
-@pytest.fixture
-def library(promised_native: bool) -> native.Status:
-    """The loaded library with a kernel for every operator; its absence fails where it was promised."""
-    status = native.status()
-    if status.active != "native" and not promised_native:
-        pytest.skip(f"no C++ library here: {status.reason}")
-    assert status.active == "native", status.reason
-    assert set(status.operators) == set(SCHEMAS)
-    return status
 
 
 @pytest.fixture(params=SETS)

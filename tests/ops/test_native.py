@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from batchnorm.ops import native, reference
+from batchnorm.ops import reference
 
 LAYOUTS = {
     "(N, C)": lambda x: x[:, :, 0, 0],
@@ -23,17 +23,6 @@ LAYOUTS = {
     "no channels": lambda x: x[:, :0],
     "no positions": lambda x: x[:, :, :0],
 }
-
-
-@pytest.fixture
-def library(promised_native):
-    """The loaded library; its absence fails where it was promised."""
-    status = native.status()
-    if status.active != "native" and not promised_native:
-        pytest.skip(f"no C++ library here: {status.reason}")
-    assert status.active == "native", status.reason
-    assert "stats" in status.operators
-    return status
 
 
 @pytest.mark.usefixtures("library")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import batchnorm as bn
-from batchnorm.ops import native, reference
+from batchnorm.ops import reference
 from batchnorm.ops.schema import ACTIVATIONS
 from ops.steps import assert_same, exact, ours
 
@@ -17,14 +17,7 @@ LAST = torch.channels_last
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": LAST}
 by_format = pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
 
-
-@pytest.fixture(autouse=True)
-def library(promised_native):
-    """The loaded library; its absence fails where it was promised."""
-    status = native.status()
-    if status.active != "native" and not promised_native:
-        pytest.skip(f"no C++ library here: {status.reason}")
-    assert status.active == "native", status.reason
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @pytest.fixture

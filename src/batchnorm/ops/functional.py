@@ -69,8 +69,7 @@ def batch_norm(
             parameter; a single value per channel in training; a mask, lengths or residual that does not fit.
         InputError: (ValueError) eps out of range, unknown activation, mask and lengths together.
         DtypeError: (TypeError, RuntimeError) x is not floating point, parameters are neither x's dtype nor float32
-        beside
-            a narrower x, a mask is not boolean.
+            beside a narrower x, a mask is not boolean.
         Nothing is counted or updated when one of these is raised.
 
     Source: Ioffe & Szegedy (2015), Algorithms 1 and 2.
@@ -80,9 +79,11 @@ def batch_norm(
         raise InputError(
             f"batch_norm eps must be positive, got {eps}" if training else f"eps must not be negative: {eps}"
         )
-    if residual is not None and residual.shape != input.shape:
-        raise ShapeError(f"expected a residual of the input's shape {list(input.shape)}, got {list(residual.shape)}")
     if residual is not None:
+        if residual.shape != input.shape:
+            raise ShapeError(
+                f"expected a residual of the input's shape {list(input.shape)}, got {list(residual.shape)}"
+            )
         residual = residual.to(input.dtype)
     if training and running_mean is not None and momentum is None and num_batches_tracked is None:
         raise InputError("momentum=None is the cumulative average and needs num_batches_tracked")
