@@ -18,12 +18,12 @@ from benchmarks.harness import options, save, show
 from benchmarks.layers.cases import CONTIGUOUS, LAST
 from benchmarks.layers.targets import DEFAULT, WARM, Row, ratio, targets
 
-KEPT = 1 << 32  # more than any block
 MALLOC = {
     DEFAULT: {},
-    WARM: {f"MALLOC_{name}_": str(KEPT) for name in ("MMAP_THRESHOLD", "TRIM_THRESHOLD", "TOP_PAD")},
+    # All of it from malloc's own heap, which is never given back. (A high MALLOC_MMAP_THRESHOLD_ would not do: the C library
+    # ignores values above 32 MB, and larger tensors would be fresh pages each time.)
+    WARM: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)},
 }
-MALLOC[WARM]["MALLOC_TOP_PAD_"] = str(1 << 28)
 GROUPS = {DEFAULT: (CONTIGUOUS, LAST, "others"), WARM: (CONTIGUOUS, LAST, "others", "sweep", "compiled")}
 PEERS = ("torch", "torch in place", "oneDNN nhwc", "oneDNN blocked", "floor", "torch compiled", "ours compiled")
 USUAL = ("float32", "training")

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "dispatch.h"
+#include "memory.h"
 #include "tensors.h"
 
 namespace {

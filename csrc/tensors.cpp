@@ -4,9 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <unistd.h>
 #endif
+
+#include "memory.h"
 
 namespace batchnorm {
 
@@ -45,15 +46,6 @@ bool same_shape(const Tensor& a, const Tensor& b) {
     if (a.size(d) != b.size(d)) return false;
   }
   return true;
-}
-
-// A fresh CPU tensor, past the dispatcher.
-Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         code, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
 }
 
 // Outputs larger than this are written past the cache: half of the last level, of which no more than 32 MB are counted, since
@@ -97,17 +89,6 @@ void read(const void* from, DType dtype, int64_t n, double* to) {
 
 }  // namespace
 
-void ask_for_huge_pages([[maybe_unused]] const Tensor& fresh) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2 << 20;
-  const auto bytes = static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
-  if (bytes < 2 * kHuge) return;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.mutable_data_ptr());
-  const uintptr_t from = (begin + kHuge - 1) / kHuge * kHuge, to = (begin + bytes) / kHuge * kHuge;
-  if (to > from) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#endif
-}
-
 Dense::Dense(const Tensor& given) : x(given), like(given), at{}, dtype(dtype_of(given)) {
   const int64_t dims = x.dim();
   STD_TORCH_CHECK(dims >= 2, "expected x of shape (N, C) or (N, C, *spatial), got ", dims, " dimensions");
@@ -137,16 +118,13 @@ Tensor Dense::match(const Tensor& other, const char* name) const {
 }
 
 Tensor Dense::output() const {
-  // As empty_like(x), whose call through the dispatcher costs more than a small tensor's arithmetic.
   const int64_t dims = x.dim();
   std::vector<int64_t> sizes(dims), strides(dims);
   for (int64_t d = 0; d < dims; ++d) {
     sizes[d] = x.size(d);
     strides[d] = x.stride(d);
   }
-  Tensor fresh = empty(sizes, strides, x.scalar_type());
-  ask_for_huge_pages(fresh);
-  return fresh;
+  return fresh_tensor(sizes, strides, x.scalar_type());
 }
 
 bool Dense::past_cache() const {
@@ -204,7 +182,7 @@ double value_at(const void* data, DType dtype, int64_t index) {
   return value;
 }
 
-Tensor fresh_vector(int64_t size, ScalarType dtype) { return empty({size}, {1}, dtype); }
+Tensor fresh_vector(int64_t size, ScalarType dtype) { return fresh_tensor({size}, {1}, dtype); }
 
 Tensor statistics(const std::vector<double>& values) {
   const auto size = static_cast<int64_t>(values.size()) - kPadding;
@@ -214,7 +192,7 @@ Tensor statistics(const std::vector<double>& values) {
 }
 
 Tensor statistic(double value) {
-  Tensor fresh = empty({}, {}, ScalarType::Double);
+  Tensor fresh = fresh_tensor({}, {}, ScalarType::Double);
   *static_cast<double*>(fresh.mutable_data_ptr()) = value;
   return fresh;
 }

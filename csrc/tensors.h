@@ -19,9 +19,6 @@ namespace batchnorm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Fresh memory of this size costs a page fault each 4 KB, more than the arithmetic on it; huge pages make that 2 MB.
-void ask_for_huge_pages(const Tensor& fresh);
-
 // The type of floating-point data; an error for any other.
 DType dtype_of(const Tensor& x);
 

@@ -146,10 +146,22 @@ inline void store_past_cache(T* p, V v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
     if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+  } else if constexpr (sizeof(T) == 2) {
+    T all[W];
+    store(all, v);
+    if (reinterpret_cast<uintptr_t>(p) % 32 == 0) {
+      return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), load_vec<__m256i>(all));
+    }
   }
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     if (reinterpret_cast<uintptr_t>(p) % 32 == 0) return _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+  } else if constexpr (sizeof(T) == 2) {
+    T all[W];
+    store(all, v);
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+      return _mm_stream_si128(reinterpret_cast<__m128i*>(p), load_vec<__m128i>(all));
+    }
   }
 #endif
   store(p, v);
@@ -185,6 +197,26 @@ inline void store_part(float* p, vf v, int64_t count) {
 }
 #endif
 
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline vf load_part(const bf16* p, int64_t count, bf16 fill) {
+  const auto some = static_cast<__mmask16>((1u << count) - 1);
+  const __m256i bits = _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), some, p);
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+inline vf load_part(const fp16* p, int64_t count, fp16 fill) {
+  const auto some = static_cast<__mmask16>((1u << count) - 1);
+  return (vf)_mm512_cvtph_ps(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), some, p));
+}
+template <class T>
+inline void store_part_of_16_bits(T* p, vf v, int64_t count) {
+  T all[W];
+  store(all, v);
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), load_vec<__m256i>(all));
+}
+inline void store_part(bf16* p, vf v, int64_t count) { store_part_of_16_bits(p, v, count); }
+inline void store_part(fp16* p, vf v, int64_t count) { store_part_of_16_bits(p, v, count); }
+#endif
+
 // Whole vectors where there is room, otherwise the part that is there.
 template <class T>
 inline auto load_some(const T* p, int64_t count, T fill = T{}) {
@@ -213,6 +245,26 @@ inline vd high(vf v) { return (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)
 #else
 inline vd low(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), vd); }
 inline vd high(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), vd); }
+#endif
+
+// The vector of floats whose halves these are.
+#if defined(__AVX512F__)
+inline vf joined(vd a, vd b) {
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a)), _mm512_cvtpd_ps((__m512d)b), 1);
+}
+#elif defined(__AVX2__)
+inline vf joined(vd a, vd b) {
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)a)), _mm256_cvtpd_ps((__m256d)b), 1);
+}
+#else
+inline vf joined(vd a, vd b) {
+  vf both;
+  for (int i = 0; i < W / 2; ++i) {
+    both[i] = static_cast<float>(a[i]);
+    both[W / 2 + i] = static_cast<float>(b[i]);
+  }
+  return both;
+}
 #endif
 
 inline double total(vd v) {

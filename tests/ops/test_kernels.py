@@ -156,7 +156,9 @@ def check_forward(case: Case, layout: str) -> tuple[Tensor, ...]:
         if case.mask is not None:
             assert not result.movedim(1, -1)[~case.mask].any(), f"{name}: padding"
     for ours, theirs in zip(statistics, (count, mean, var, invstd), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+        # Of 16-bit data a few deviations are added in float32 first.
+        rtol, atol = (1e-6, 1e-6) if x.dtype.itemsize == 2 else (1e-12, 1e-13)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
     return count, mean, invstd, sign
 
 

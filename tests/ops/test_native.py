@@ -34,7 +34,8 @@ def test_stats_equal_the_reference(layout, masked, dtype):
     mask = torch.rand(x.size(0), *x.shape[2:]) > 0.4 if masked else None
     for ours, expected in zip(torch.ops.batchnorm.stats(x, mask), reference.stats(x, mask), strict=True):
         assert ours.dtype == torch.float64
-        torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+        bound = 1e-6 if dtype.itemsize == 2 else 1e-13  # of 16 bits, a few are added in float32 first
+        torch.testing.assert_close(ours, expected, rtol=bound, atol=bound)
 
 
 @pytest.mark.usefixtures("library")
