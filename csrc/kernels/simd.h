@@ -7,6 +7,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "problem.h"
@@ -25,6 +27,7 @@ constexpr int kBytes = 16;
 constexpr int W = kBytes / 4;  // floats in a vector
 
 typedef float vf __attribute__((vector_size(kBytes)));
+typedef float vfh __attribute__((vector_size(kBytes / 2)));
 typedef double vd __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef int64_t vl __attribute__((vector_size(kBytes)));
@@ -72,15 +75,24 @@ inline vd load(const double* p) { return load_vec<vd>(p); }
 inline void store(float* p, vf v) { store_vec(p, v); }
 inline void store(double* p, vd v) { store_vec(p, v); }
 
+// Four values of two bytes, widened and narrowed. (The compiler would go through the lanes of a NEON vector one by one.)
+#if defined(__aarch64__)
+inline vu widened(vs v) { return (vu)vmovl_u16((uint16x4_t)v); }
+inline vs narrowed(vu v) { return (vs)vmovn_u32((uint32x4_t)v); }
+#else
+inline vu widened(vs v) { return __builtin_convertvector(v, vu); }
+inline vs narrowed(vu v) { return __builtin_convertvector(v, vs); }
+#endif
+
 inline vf load(const bf16* p) {
-  return (vf)(__builtin_convertvector(load_vec<vs>(p), vu) << 16);
+  return (vf)(widened(load_vec<vs>(p)) << 16);
 }
 inline void store(bf16* p, vf v) {
   const vu u = (vu)v;
   const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
   const vu nan = (u >> 16) | 0x40;                          // rounding could carry a NaN over to infinity
   const vu bits = (vu)(v != v) != 0 ? nan : rounded;
-  store_vec(p, __builtin_convertvector(bits, vs));
+  store_vec(p, narrowed(bits));
 }
 
 #if defined(__F16C__) && defined(__AVX512F__)
@@ -93,6 +105,9 @@ inline vf load(const fp16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reint
 inline void store(fp16* p, vf v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 }
+#elif defined(__aarch64__)
+inline vf load(const fp16* p) { return (vf)vcvt_f32_f16((float16x4_t)load_vec<vs>(p)); }
+inline void store(fp16* p, vf v) { store_vec(p, (vs)vcvt_f16_f32((float32x4_t)v)); }
 #else
 inline vf load(const fp16* p) {
   vf v;
@@ -210,10 +225,26 @@ inline vd high(vf v) { return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)
 #elif defined(__SSE2__)
 inline vd low(vf v) { return (vd)_mm_cvtps_pd((__m128)v); }
 inline vd high(vf v) { return (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); }
+#elif defined(__aarch64__)
+inline vd low(vf v) { return (vd)vcvt_f64_f32(vget_low_f32((float32x4_t)v)); }
+inline vd high(vf v) { return (vd)vcvt_high_f64_f32((float32x4_t)v); }
 #else
 inline vd low(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), vd); }
 inline vd high(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), vd); }
 #endif
+
+// And back.
+inline vf narrowed(vd low_, vd high_) {
+#if defined(__aarch64__)
+  return (vf)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)low_), (float64x2_t)high_);
+#else
+  const vfh first = __builtin_convertvector(low_, vfh), second = __builtin_convertvector(high_, vfh);
+  vf both;
+  std::memcpy(&both, &first, sizeof first);
+  std::memcpy(reinterpret_cast<char*>(&both) + sizeof first, &second, sizeof second);
+  return both;
+#endif
+}
 
 inline double total(vd v) {
   double sum = 0;
@@ -243,6 +274,15 @@ inline uint32_t bits_above(vf z) {
 }
 inline uint32_t bits_above(vd z) {
   return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z, _mm256_setzero_pd(), _CMP_NLE_UQ));
+}
+#elif defined(__aarch64__)
+inline uint32_t bits_above(vf z) {
+  const vi lane = {1, 2, 4, 8};
+  return vaddvq_u32((uint32x4_t)(~(z <= 0) & lane));
+}
+inline uint32_t bits_above(vd z) {
+  const vl lane = {1, 2};
+  return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)(~(z <= 0) & lane)));
 }
 #else
 template <class V>
@@ -275,18 +315,33 @@ inline void write_bits(uint8_t* bytes, int64_t i, int64_t count, uint32_t bits) 
 }
 
 // Lanes of the values [0, count) whose byte of the mask is not zero; lanes beyond count are off.
-template <class Lanes, class Bytes>
-inline Lanes lanes_of_bytes(const uint8_t* mask, int64_t count) {
+template <class Bytes>
+inline Bytes load_bytes(const uint8_t* mask, int64_t count) {
+  constexpr int64_t all = sizeof(Bytes);
   Bytes bytes = {};
-  if (count >= static_cast<int64_t>(sizeof bytes)) {
-    std::memcpy(&bytes, mask, sizeof bytes);
+  if (count >= all) {
+    std::memcpy(&bytes, mask, all);
   } else {
     std::memcpy(&bytes, mask, count);
   }
-  return __builtin_convertvector(bytes, Lanes) != 0;
+  return bytes;
 }
-inline vi lanes_real(const uint8_t* mask, int64_t count, vf) { return lanes_of_bytes<vi, vb>(mask, count); }
-inline vl lanes_real(const uint8_t* mask, int64_t count, vd) { return lanes_of_bytes<vl, vbh>(mask, count); }
+#if defined(__aarch64__)
+inline uint16x4_t pairs_of(uint32_t bytes) { return vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(bytes)))); }
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return (vi)vmovl_u16(pairs_of(load_bytes<uint32_t>(mask, count))) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  return (vl)vmovl_u32(vget_low_u32(vmovl_u16(pairs_of(load_bytes<uint16_t>(mask, count))))) != 0;
+}
+#else
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return __builtin_convertvector(load_bytes<vb>(mask, count), vi) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  return __builtin_convertvector(load_bytes<vbh>(mask, count), vl) != 0;
+}
+#endif
 
 }  // namespace
 }  // namespace batchnorm
