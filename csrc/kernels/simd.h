@@ -110,9 +110,10 @@ inline vf load(const fp16* p) { return (vf)vcvt_f32_f16((float16x4_t)load_vec<vs
 inline void store(fp16* p, vf v) { store_vec(p, (vs)vcvt_f16_f32((float32x4_t)v)); }
 #else
 inline vf load(const fp16* p) {
+  const vs all = load_vec<vs>(p);  // p may be odd
   vf v;
   for (int i = 0; i < W; ++i) {
-    const uint32_t h = p[i].bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+    const uint32_t h = all[i], sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
     uint32_t bits;
     if (exponent == 31) {
       bits = sign | 0x7f800000u | (fraction << 13);
@@ -130,6 +131,7 @@ inline vf load(const fp16* p) {
   return v;
 }
 inline void store(fp16* p, vf v) {
+  vs all;
   for (int i = 0; i < W; ++i) {
     uint32_t u;
     const float f = v[i];
@@ -150,8 +152,9 @@ inline void store(fp16* p, vf v) {
       std::memcpy(&h, &magic, 4);
       h -= 0x3f000000u;
     }
-    p[i].bits = static_cast<uint16_t>(h | sign);
+    all[i] = static_cast<uint16_t>(h | sign);
   }
+  store_vec(p, all);
 }
 #endif
 
