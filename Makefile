@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run test lint types format bench sanitize docs clean
+.PHONY: help install run test lint types format bench sanitize neon docs clean
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -46,6 +46,9 @@ bench: $(INSTALLED) ## time the layers and estimators beside their peers (some m
 
 sanitize: ## run the kernels under the address, undefined-behaviour and thread sanitizers
 	csrc/tests/run.sh
+
+neon: ## run the kernels for 64-bit Arm, in an emulator (skipped where there is no cross-compiler)
+	csrc/tests/run.sh neon
 
 docs: $(INSTALLED) ## regenerate the picture of the report that the README shows
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python docs/picture.py

@@ -76,7 +76,11 @@ def extension() -> Any:
         "batchnorm._C",
         # Relative, as setuptools demands; sorted, so that a build is reproducible.
         sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp") if path.stem not in X86_SETS),
-        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+        # All that is compiled in, by whatever route: what a change rebuilds, and what a source distribution holds.
+        depends=sorted(
+            str(path.relative_to(ROOT))
+            for path in [*(ROOT / "csrc").glob("*.*"), *(ROOT / "csrc" / "kernels").glob("*.*")]
+        ),
         define_macros=[("TORCH_TARGET_VERSION", TARGET_VERSION), ("Py_LIMITED_API", "0x030A0000")],
         extra_compile_args=FLAGS,
         # Named, because the extension calls torch only and its own loader would not look for it.

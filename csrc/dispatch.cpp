@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
 #include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace batchnorm {
 
@@ -19,7 +22,9 @@ std::vector<InstructionSet> available() {
   std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  unsigned a, b, c = 0, d;  // Clang's __builtin_cpu_supports did not know F16C for long
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) sets.push_back({"avx512", kernels_avx512, features_avx512});
@@ -38,7 +43,7 @@ const std::vector<InstructionSet>& sets() {
 std::atomic<const InstructionSet*> chosen{nullptr};
 
 const InstructionSet& current() {
-  const InstructionSet* set = chosen.load(std::memory_order_relaxed);
+  const InstructionSet* set = chosen.load(std::memory_order_acquire);
   return set != nullptr ? *set : sets().front();
 }
 
@@ -58,7 +63,7 @@ const char* chosen_instruction_set() { return current().name; }
 bool choose_instruction_set(const std::string& name) {
   for (const InstructionSet& set : sets()) {
     if (name == set.name) {
-      chosen.store(&set, std::memory_order_relaxed);
+      chosen.store(&set, std::memory_order_release);
       return true;
     }
   }

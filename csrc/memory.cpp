@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <chrono>
@@ -225,3 +226,13 @@ void release_kept(int64_t) {}
 #endif
 
 }  // namespace batchnorm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(batchnorm, m) {
+  m.def("_kept_memory() -> int");
+  m.def("_release_memory(int most) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(batchnorm, CompositeExplicitAutograd, m) {
+  m.impl("_kept_memory", TORCH_BOX(&batchnorm::kept_bytes));
+  m.impl("_release_memory", TORCH_BOX(&batchnorm::release_kept));
+}

@@ -7,6 +7,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "problem.h"
@@ -25,6 +27,7 @@ constexpr int kBytes = 16;
 constexpr int W = kBytes / 4;  // floats in a vector
 
 typedef float vf __attribute__((vector_size(kBytes)));
+typedef float vfh __attribute__((vector_size(kBytes / 2)));
 typedef double vd __attribute__((vector_size(kBytes)));
 typedef int32_t vi __attribute__((vector_size(kBytes)));
 typedef int64_t vl __attribute__((vector_size(kBytes)));
@@ -72,73 +75,13 @@ inline vd load(const double* p) { return load_vec<vd>(p); }
 inline void store(float* p, vf v) { store_vec(p, v); }
 inline void store(double* p, vd v) { store_vec(p, v); }
 
-inline vf load(const bf16* p) {
-  return (vf)(__builtin_convertvector(load_vec<vs>(p), vu) << 16);
-}
-inline void store(bf16* p, vf v) {
-  const vu u = (vu)v;
-  const vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
-  const vu nan = (u >> 16) | 0x40;                          // rounding could carry a NaN over to infinity
-  const vu bits = (vu)(v != v) != 0 ? nan : rounded;
-  store_vec(p, __builtin_convertvector(bits, vs));
-}
+}  // namespace
+}  // namespace batchnorm
 
-#if defined(__F16C__) && defined(__AVX512F__)
-inline vf load(const fp16* p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline void store(fp16* p, vf v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#elif defined(__F16C__)
-inline vf load(const fp16* p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline void store(fp16* p, vf v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
-}
-#else
-inline vf load(const fp16* p) {
-  vf v;
-  for (int i = 0; i < W; ++i) {
-    const uint32_t h = p[i].bits, sign = (h & 0x8000u) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
-    uint32_t bits;
-    if (exponent == 31) {
-      bits = sign | 0x7f800000u | (fraction << 13);
-    } else if (exponent != 0) {
-      bits = sign | ((exponent + 112) << 23) | (fraction << 13);
-    } else {  // zero or subnormal: fraction * 2^-24, exact in float
-      const float value = static_cast<float>(fraction) * 5.9604644775390625e-8f;
-      std::memcpy(&bits, &value, 4);
-      bits |= sign;
-    }
-    float f;
-    std::memcpy(&f, &bits, 4);
-    v[i] = f;
-  }
-  return v;
-}
-inline void store(fp16* p, vf v) {
-  for (int i = 0; i < W; ++i) {
-    uint32_t u;
-    const float f = v[i];
-    std::memcpy(&u, &f, 4);
-    const uint32_t sign = (u >> 16) & 0x8000u;
-    u &= 0x7fffffffu;
-    uint32_t h;
-    if (u > 0x7f800000u) {
-      h = 0x7e00;
-    } else if (u >= 0x477ff000u) {  // rounds to more than 65504
-      h = 0x7c00;
-    } else if (u >= 0x38800000u) {
-      h = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1)) >> 13;
-    } else {  // subnormal: adding 0.5 leaves the rounded fraction in the low bits
-      float magic;
-      std::memcpy(&magic, &u, 4);
-      magic += 0.5f;
-      std::memcpy(&h, &magic, 4);
-      h -= 0x3f000000u;
-    }
-    p[i].bits = static_cast<uint16_t>(h | sign);
-  }
-}
-#endif
+#include "halves.h"
+
+namespace batchnorm {
+namespace {
 
 // Past the cache, where the address allows: memory that is written whole is then not read first.
 template <class T, class V>
@@ -197,26 +140,6 @@ inline void store_part(float* p, vf v, int64_t count) {
 }
 #endif
 
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-inline vf load_part(const bf16* p, int64_t count, bf16 fill) {
-  const auto some = static_cast<__mmask16>((1u << count) - 1);
-  const __m256i bits = _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), some, p);
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-}
-inline vf load_part(const fp16* p, int64_t count, fp16 fill) {
-  const auto some = static_cast<__mmask16>((1u << count) - 1);
-  return (vf)_mm512_cvtph_ps(_mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<short>(fill.bits)), some, p));
-}
-template <class T>
-inline void store_part_of_16_bits(T* p, vf v, int64_t count) {
-  T all[W];
-  store(all, v);
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), load_vec<__m256i>(all));
-}
-inline void store_part(bf16* p, vf v, int64_t count) { store_part_of_16_bits(p, v, count); }
-inline void store_part(fp16* p, vf v, int64_t count) { store_part_of_16_bits(p, v, count); }
-#endif
-
 // Whole vectors where there is room, otherwise the part that is there.
 template <class T>
 inline auto load_some(const T* p, int64_t count, T fill = T{}) {
@@ -242,27 +165,31 @@ inline vd high(vf v) { return (vd)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)
 #elif defined(__SSE2__)
 inline vd low(vf v) { return (vd)_mm_cvtps_pd((__m128)v); }
 inline vd high(vf v) { return (vd)_mm_cvtps_pd(_mm_movehl_ps((__m128)v, (__m128)v)); }
+#elif defined(__aarch64__)
+inline vd low(vf v) { return (vd)vcvt_f64_f32(vget_low_f32((float32x4_t)v)); }
+inline vd high(vf v) { return (vd)vcvt_high_f64_f32((float32x4_t)v); }
 #else
 inline vd low(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), vd); }
 inline vd high(vf v) { return __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), vd); }
 #endif
 
-// The vector of floats whose halves these are.
+// And back.
 #if defined(__AVX512F__)
-inline vf joined(vd a, vd b) {
+inline vf narrowed(vd a, vd b) {
   return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a)), _mm512_cvtpd_ps((__m512d)b), 1);
 }
 #elif defined(__AVX2__)
-inline vf joined(vd a, vd b) {
+inline vf narrowed(vd a, vd b) {
   return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)a)), _mm256_cvtpd_ps((__m256d)b), 1);
 }
+#elif defined(__aarch64__)
+inline vf narrowed(vd a, vd b) { return (vf)vcvt_high_f32_f64(vcvt_f32_f64((float64x2_t)a), (float64x2_t)b); }
 #else
-inline vf joined(vd a, vd b) {
+inline vf narrowed(vd a, vd b) {
+  const vfh first = __builtin_convertvector(a, vfh), second = __builtin_convertvector(b, vfh);
   vf both;
-  for (int i = 0; i < W / 2; ++i) {
-    both[i] = static_cast<float>(a[i]);
-    both[W / 2 + i] = static_cast<float>(b[i]);
-  }
+  std::memcpy(&both, &first, sizeof first);
+  std::memcpy(reinterpret_cast<char*>(&both) + sizeof first, &second, sizeof second);
   return both;
 }
 #endif
@@ -296,6 +223,15 @@ inline uint32_t bits_above(vf z) {
 inline uint32_t bits_above(vd z) {
   return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z, _mm256_setzero_pd(), _CMP_NLE_UQ));
 }
+#elif defined(__aarch64__)
+inline uint32_t bits_above(vf z) {
+  const vi lane = {1, 2, 4, 8};
+  return vaddvq_u32((uint32x4_t)(~(z <= 0) & lane));
+}
+inline uint32_t bits_above(vd z) {
+  const vl lane = {1, 2};
+  return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)(~(z <= 0) & lane)));
+}
 #else
 template <class V>
 inline uint32_t bits_above(V z) {
@@ -327,18 +263,33 @@ inline void write_bits(uint8_t* bytes, int64_t i, int64_t count, uint32_t bits) 
 }
 
 // Lanes of the values [0, count) whose byte of the mask is not zero; lanes beyond count are off.
-template <class Lanes, class Bytes>
-inline Lanes lanes_of_bytes(const uint8_t* mask, int64_t count) {
+template <class Bytes>
+inline Bytes load_bytes(const uint8_t* mask, int64_t count) {
+  constexpr int64_t all = sizeof(Bytes);
   Bytes bytes = {};
-  if (count >= static_cast<int64_t>(sizeof bytes)) {
-    std::memcpy(&bytes, mask, sizeof bytes);
+  if (count >= all) {
+    std::memcpy(&bytes, mask, all);
   } else {
     std::memcpy(&bytes, mask, count);
   }
-  return __builtin_convertvector(bytes, Lanes) != 0;
+  return bytes;
 }
-inline vi lanes_real(const uint8_t* mask, int64_t count, vf) { return lanes_of_bytes<vi, vb>(mask, count); }
-inline vl lanes_real(const uint8_t* mask, int64_t count, vd) { return lanes_of_bytes<vl, vbh>(mask, count); }
+#if defined(__aarch64__)
+inline uint16x4_t pairs_of(uint32_t bytes) { return vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(bytes)))); }
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return (vi)vmovl_u16(pairs_of(load_bytes<uint32_t>(mask, count))) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  return (vl)vmovl_u32(vget_low_u32(vmovl_u16(pairs_of(load_bytes<uint16_t>(mask, count))))) != 0;
+}
+#else
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return __builtin_convertvector(load_bytes<vb>(mask, count), vi) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  return __builtin_convertvector(load_bytes<vbh>(mask, count), vl) != 0;
+}
+#endif
 
 }  // namespace
 }  // namespace batchnorm

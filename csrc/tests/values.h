@@ -1,6 +1,7 @@
 // What the driver computes with: types of two bytes spelt out, buffers of exactly the size they need, plain activations.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -58,21 +59,35 @@ inline void encode(double value, DType dtype, void* at) {
     case DType::bfloat16: bits >>= 16; break;
     case DType::float16: {
       const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
-      const uint32_t rest = exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3ff);
+      const uint32_t finite = exponent <= 0 ? 0 : static_cast<uint32_t>(exponent) << 10 | (bits >> 13 & 0x3ff);
+      const uint32_t rest = std::isnan(value) ? 0x7e00 : exponent > 30 ? 0x7c00 : finite;
       bits = (bits >> 16 & 0x8000) | rest;
     }
   }
   std::memcpy(at, &bits, 2);
 }
 
-// Exactly the bytes that so many values need, so that one read or written beyond is seen.
+// The value of a type of two bytes that is nearest, of two the even one.
+inline double nearest(double value, DType dtype) {
+  const bool brain = dtype == DType::bfloat16;
+  if (!std::isfinite(value) || value == 0) return value;
+  const int exponent = std::max(std::ilogb(value), brain ? -126 : -14);
+  const double step = std::ldexp(1, exponent - (brain ? 7 : 10)), rounded = std::nearbyint(value / step) * step;
+  return std::abs(rounded) > (brain ? 0x1.fep127 : 65504) ? std::copysign(INFINITY, value) : rounded;
+}
+
+// Exactly the bytes that so many values need, so that one read or written beyond is seen. The first lies `skipped` bytes
+// away from where memory is aligned.
 struct Data {
   DType dtype;
+  int64_t skipped;
   std::unique_ptr<char[]> bytes;
 
-  Data(int64_t count, DType type) : dtype(type), bytes(new char[count * bytes_of(type)]()) {}
-  void* get() const { return bytes.get(); }
-  double operator[](int64_t i) const { return decode(bytes.get() + i * bytes_of(dtype), dtype); }
+  Data(int64_t count, DType type, int64_t skip = 0)
+      : dtype(type), skipped(skip), bytes(new char[count * bytes_of(type) + skip]()) {}
+  char* get(int64_t i = 0) const { return bytes.get() + skipped + i * bytes_of(dtype); }
+  double operator[](int64_t i) const { return decode(get(i), dtype); }
+  void set(int64_t i, double value) const { encode(value, dtype, get(i)); }
 };
 
 struct Random {
@@ -82,11 +97,9 @@ struct Random {
     state = state * 6364136223846793005u + 1442695040888963407u;
     return static_cast<double>(state >> 11) * 0x1p-53;
   }
-  Data values(int64_t count, DType dtype, double spread, double offset) {
-    Data data(count, dtype);
-    for (int64_t i = 0; i < count; ++i) {
-      encode(offset + spread * (2 * next() - 1), dtype, data.bytes.get() + i * bytes_of(dtype));
-    }
+  Data values(int64_t count, DType dtype, double spread, double offset, int64_t skip = 0) {
+    Data data(count, dtype, skip);
+    for (int64_t i = 0; i < count; ++i) data.set(i, offset + spread * (2 * next() - 1));
     return data;
   }
 };
@@ -96,11 +109,10 @@ class Channels {
  public:
   Channels(int64_t count, DType dtype, Random& random, double offset)
       : data_(count + batchnorm::kPadding, dtype == DType::float64 ? DType::float64 : DType::float32) {
-    for (int64_t i = 0; i < count; ++i) {
-      encode(offset + 0.4 * (2 * random.next() - 1), data_.dtype, data_.bytes.get() + i * bytes_of(data_.dtype));
-    }
+    for (int64_t i = 0; i < count; ++i) set(i, offset + 0.4 * (2 * random.next() - 1));
   }
   const void* data() const { return data_.get(); }
+  void set(int64_t i, double value) const { data_.set(i, value); }
   double operator[](int64_t i) const { return data_[i]; }
 
  private:

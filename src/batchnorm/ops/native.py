@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, cast
 
+import torch
+
+from batchnorm._errors import InputError
 from batchnorm._library import SWITCH, has_kernel, load
 from batchnorm.ops import registration as registration  # so that the operators can be asked for
 from batchnorm.ops.schema import SCHEMAS
 
-__all__ = ["SWITCH", "Status", "status"]
+__all__ = ["SWITCH", "Status", "kept_memory", "release_memory", "status"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +39,26 @@ def status() -> Status:
     library = load()
     operators = tuple(name for name in SCHEMAS if has_kernel(name))
     return Status("native" if library.path else "reference", library.reason, library.path, operators)
+
+
+def kept_memory() -> int:
+    """Bytes of freed outputs that the C++ library keeps for the next ones; 0 without it.
+
+    A large output whose memory malloc has just given back to the system costs a page fault every 4 KB, which takes longer
+    than the normalization itself. So the memory of outputs of 128 KB and more is kept when they are freed, up to an
+    eighth of the machine's, or ``BATCHNORM_KEEP_MEMORY`` bytes (0 keeps nothing). What has not been wanted for two
+    seconds is offered to the system, which takes it when memory runs short.
+    """
+    return cast(int, torch.ops.batchnorm._kept_memory()) if status().active == "native" else 0
+
+
+def release_memory(keep_at_most: int | None = None) -> None:
+    """Give the kept memory back to the system.
+
+    Args:
+        keep_at_most: bytes to keep from now on, 0 for none; None leaves the limit as it is.
+    """
+    if keep_at_most is not None and keep_at_most < 0:
+        raise InputError(f"expected keep_at_most as a number of bytes, got {keep_at_most}")
+    if status().active == "native":
+        torch.ops.batchnorm._release_memory(-1 if keep_at_most is None else keep_at_most)
