@@ -20,8 +20,8 @@ from benchmarks.layers.targets import DEFAULT, WARM, Row, ratio, targets
 
 MALLOC = {
     DEFAULT: {},
-    # All of it from malloc's own heap, which is never given back. (A high MALLOC_MMAP_THRESHOLD_ would not do: the C library
-    # ignores values above 32 MB, and larger tensors would be fresh pages each time.)
+    # All of it from malloc's own heap, which is never given back. (A high MALLOC_MMAP_THRESHOLD_ would not do: the C
+    # library ignores values above 32 MB, and larger tensors would be fresh pages each time.)
     WARM: {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 28)},
 }
 GROUPS = {DEFAULT: (CONTIGUOUS, LAST, "others"), WARM: (CONTIGUOUS, LAST, "others", "sweep", "compiled")}

@@ -44,9 +44,9 @@ def status() -> Status:
 def kept_memory() -> int:
     """Bytes of freed outputs that the C++ library keeps for the next ones; 0 without it.
 
-    A large output whose memory malloc has just given back to the system costs a page fault every 4 KB, which takes longer
-    than the normalization itself. So the memory of outputs of 128 KB and more is kept when they are freed, up to an
-    eighth of the machine's, or ``BATCHNORM_KEEP_MEMORY`` bytes (0 keeps nothing). What has not been wanted for two
+    A large output whose memory malloc has just given back to the system costs a page fault every 4 KB, which takes
+    longer than the normalization itself. So the memory of outputs of 128 KB and more is kept when they are freed, up to
+    an eighth of the machine's, or ``BATCHNORM_KEEP_MEMORY`` bytes (0 keeps nothing). What has not been wanted for two
     seconds is offered to the system, which takes it when memory runs short.
     """
     return cast(int, torch.ops.batchnorm._kept_memory()) if status().active == "native" else 0
