@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from batchnorm._checks import check_choice
+from batchnorm._errors import InputError
 from batchnorm.ops import functional
 from batchnorm.ops.functional import Activation
 from batchnorm.ops.schema import ACTIVATIONS
 
+OnSingleValue = Literal["raise", "running", "skip"]
+
+
+class Averages(NamedTuple):
+    """The buffers that a training forward moves: None where there are none, or where they are to be left alone."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    num_batches: Tensor | None
+
 
 class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
-    """What the three layers have in common. Mixed into torch's own classes, so that ``isinstance`` answers as before.
+    """What all layers have in common. Mixed into torch's own classes, so that ``isinstance`` answers as before.
 
     Programs find batch norm by its class: to keep it out of weight decay, to initialise it, to recalibrate or convert
     it.
+
+    ``forward`` checks, prepares the mask and chooses the statistics; a kind of batch norm overrides
+    :meth:`_normalize_by_batch` (how a training batch is normalized, and what is remembered of it),
+    :meth:`_normalize_by_running` (eval), or a smaller step.
     """
 
-    activation: Activation | None = None  # on the class too: layers pickled by torch have none
+    # On the class too: layers pickled by torch, or by an older version, have none.
+    activation: Activation | None = None
+    ddof: int = 1
+    on_single_value: OnSingleValue = "raise"
 
     def __init__(
         self,
@@ -34,14 +53,23 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: Activation | None = None,
+        decay: float | None = None,
+        ddof: int = 1,
+        on_single_value: OnSingleValue = "raise",
     ) -> None:
         if activation is not None:
             check_choice("activation", activation, ACTIVATIONS[1:])
+        check_choice("ddof", ddof, (0, 1))
+        check_choice("on_single_value", on_single_value, ("raise", "running", "skip"))
+        if decay is not None:
+            momentum = _momentum(momentum, decay)
         # The base class of older torch versions knows no bias=, so that it is taken away afterwards.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
         self.activation = activation
+        self.ddof = ddof
+        self.on_single_value = on_single_value
 
     def reset_parameters(self) -> None:
         """gamma = 1, beta = 0, running mean 0, running variance 1, no batches counted."""
@@ -61,33 +89,74 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """y = activation(gamma * x_hat + beta + residual), see :func:`batchnorm.nn.functional.batch_norm`."""
         self._check_input_dim(input)
-        # A module looks its tensors up by name, one slow call each: once is enough.
-        running_mean, running_var = self.running_mean, self.running_var
-        training, tracked = self.training, running_mean is not None and running_var is not None
-        # As in torch: without buffers a layer normalizes with its batch, in eval too; and buffers that are no longer to
-        # be tracked are used in eval and left alone in training.
-        if training and not self.track_running_stats:
-            running_mean = running_var = None
+        real = None if mask is None and lengths is None else functional.positions(input, mask, lengths)
+        # As in torch: without buffers a layer normalizes with its batch, in eval too.
+        if self.training or self.running_mean is None:
+            return self._normalize_by_batch(input, real, self.weight, self.bias, residual)
+        return self._normalize_by_running(input, real, self.weight, self.bias, residual)
+
+    def _normalize_by_batch(
+        self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """Normalize with the statistics of the batch and move :meth:`_averages`. ``mask`` is (N, *spatial) or None."""
+        averages = self._averages()
         return functional.batch_norm(
             input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            training or not tracked,
+            averages.mean,
+            averages.var,
+            weight,
+            bias,
+            True,
             self.momentum,
             self.eps,
             mask=mask,
-            lengths=lengths,
             residual=residual,
             activation=self.activation,
-            num_batches_tracked=self.num_batches_tracked if training and self.track_running_stats else None,
+            ddof=self.ddof,
+            num_batches_tracked=averages.num_batches,
         )
 
+    def _normalize_by_running(
+        self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """Normalize with the running statistics, which stay as they are."""
+        return functional.batch_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            False,
+            self.momentum,
+            self.eps,
+            mask=mask,
+            residual=residual,
+            activation=self.activation,
+        )
+
+    def _averages(self) -> Averages:
+        """What this forward moves: nothing in eval, and nothing when tracking was switched off."""
+        if not self.training or not self.track_running_stats:
+            return Averages(None, None, None)
+        return Averages(self.running_mean, self.running_var, self.num_batches_tracked)
+
     def extra_repr(self) -> str:
-        """Torch's, and the activation where there is one."""
-        base: str = super().extra_repr()
-        return base if self.activation is None else f"{base}, activation={self.activation!r}"
+        """Torch's, and what differs from the defaults."""
+        parts: list[str] = [super().extra_repr()]
+        for name in ("activation", "ddof", "on_single_value"):
+            value = getattr(self, name)
+            if value != getattr(_BatchNormLayer, name):
+                parts.append(f"{name}={value!r}")
+        return ", ".join(parts)
+
+
+def _momentum(momentum: float | None, decay: float) -> float:
+    """The momentum that is the complement of ``decay`` (the weight of the old value: Keras, Flax, the paper)."""
+    if momentum != 0.1:
+        raise InputError(f"expected momentum or decay, got both: momentum={momentum}, decay={decay}")
+    if not (math.isfinite(decay) and 0 <= decay <= 1):
+        raise InputError(f"expected decay between 0 and 1, got {decay}")
+    return 1 - decay
 
 
 class BatchNorm1d(_BatchNormLayer, torch.nn.BatchNorm1d):
@@ -113,6 +182,9 @@ class BatchNorm1d(_BatchNormLayer, torch.nn.BatchNorm1d):
         track_running_stats: keep running averages; without them, eval normalizes with its batch too.
         bias: with False, learn no beta.
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "hardswish" or None.
+        decay: the weight of the old value, 1 - momentum; instead of momentum, for those who think in Keras's terms.
+        ddof: 1 for an unbiased running variance (torch), 0 for a biased one (Keras, Flax, ONNX).
+        on_single_value: what a training batch with one value per channel does.
 
     Shape: input and output (N, C) or (N, C, L); ``mask`` (N,) or (N, L); ``lengths`` (N,); ``residual`` as input.
 

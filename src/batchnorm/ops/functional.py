@@ -89,7 +89,7 @@ def batch_norm(
         raise InputError("momentum=None is the cumulative average and needs num_batches_tracked")
     act = "none" if activation is None else activation
     check_choice("activation", act, ACTIVATIONS)
-    real = _positions(input, mask, lengths)
+    real = positions(input, mask, lengths)
 
     if not training:
         assert running_mean is not None
@@ -187,7 +187,7 @@ def _check_parameters(x: Tensor, **parameters: Tensor | None) -> None:
             )
 
 
-def _positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+def positions(x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask as the operators take it, (N, *spatial), or None where every position is real."""
     if mask is None and lengths is None:
         return None
