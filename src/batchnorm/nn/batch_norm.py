@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError
 from batchnorm.ops import functional
-from batchnorm.ops.functional import Activation
+from batchnorm.ops.arguments import check_inference_weight, positions
+from batchnorm.ops.functional import SINGLE_VALUE_POLICIES, Activation, OnSingleValue
 from batchnorm.ops.schema import ACTIVATIONS
-
-OnSingleValue = Literal["raise", "running", "skip"]
 
 
 class Averages(NamedTuple):
@@ -40,6 +39,7 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
     activation: Activation | None = None
     ddof: int = 1
     on_single_value: OnSingleValue = "raise"
+    inference_weight: float = 0.0
 
     def __init__(
         self,
@@ -56,20 +56,30 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         decay: float | None = None,
         ddof: int = 1,
         on_single_value: OnSingleValue = "raise",
+        inference_weight: float = 0.0,
     ) -> None:
-        if activation is not None:
-            check_choice("activation", activation, ACTIVATIONS[1:])
-        check_choice("ddof", ddof, (0, 1))
-        check_choice("on_single_value", on_single_value, ("raise", "running", "skip"))
         if decay is not None:
             momentum = _momentum(momentum, decay)
         # The base class of older torch versions knows no bias=, so that it is taken away afterwards.
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             self.register_parameter("bias", None)
+        self._set_policies(activation, ddof, on_single_value, inference_weight)
+
+    def _set_policies(
+        self, activation: Activation | None, ddof: int, on_single_value: OnSingleValue, inference_weight: float
+    ) -> None:
+        if activation is not None:
+            check_choice("activation", activation, ACTIVATIONS[1:])
+        check_choice("ddof", ddof, (0, 1))
+        check_choice("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
+        if on_single_value == "running" and not self.track_running_stats:
+            raise InputError('on_single_value="running" needs running statistics, got track_running_stats=False')
+        check_inference_weight(inference_weight)
         self.activation = activation
         self.ddof = ddof
         self.on_single_value = on_single_value
+        self.inference_weight = inference_weight
 
     def reset_parameters(self) -> None:
         """gamma = 1, beta = 0, running mean 0, running variance 1, no batches counted."""
@@ -86,34 +96,49 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """y = activation(gamma * x_hat + beta + residual), see :func:`batchnorm.nn.functional.batch_norm`."""
+        """y = activation(gamma * x_hat + beta + residual), see :func:`batchnorm.nn.functional.batch_norm`.
+
+        Args:
+            weight, bias: gamma and beta for this call in place of the layer's own: (C,), or (N, C) for each sample's.
+        """
         self._check_input_dim(input)
-        real = None if mask is None and lengths is None else functional.positions(input, mask, lengths)
-        # As in torch: without buffers a layer normalizes with its batch, in eval too.
-        if self.training or self.running_mean is None:
-            return self._normalize_by_batch(input, real, self.weight, self.bias, residual)
-        return self._normalize_by_running(input, real, self.weight, self.bias, residual)
+        real = None if mask is None and lengths is None else positions(input, mask, lengths)
+        weight = self.weight if weight is None else weight
+        bias = self.bias if bias is None else bias
+        if self._uses_batch():
+            return self._normalize_by_batch(input, real, weight, bias, residual)
+        return self._normalize_by_running(input, real, weight, bias, residual)
+
+    def _uses_batch(self) -> bool:
+        """Whether this forward takes the statistics of its batch. As in torch, without buffers it does in eval too."""
+        return self.training or self._buffers["running_mean"] is None
 
     def _normalize_by_batch(
         self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """Normalize with the statistics of the batch and move :meth:`_averages`. ``mask`` is (N, *spatial) or None."""
-        averages = self._averages()
+        mean, var, num_batches = self._averages()
+        momentum = self.momentum
+        if mean is None and self.on_single_value == "running":
+            mean, var, momentum = self.running_mean, self.running_var, 0.0  # to be used, not to be moved
         return functional.batch_norm(
             input,
-            averages.mean,
-            averages.var,
+            mean,
+            var,
             weight,
             bias,
             True,
-            self.momentum,
+            momentum,
             self.eps,
             mask=mask,
             residual=residual,
             activation=self.activation,
             ddof=self.ddof,
-            num_batches_tracked=averages.num_batches,
+            num_batches_tracked=num_batches,
+            on_single_value=self.on_single_value,
         )
 
     def _normalize_by_running(
@@ -132,10 +157,14 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             mask=mask,
             residual=residual,
             activation=self.activation,
+            inference_weight=self.inference_weight,
         )
 
     def _averages(self) -> Averages:
-        """What this forward moves: nothing in eval, and nothing when tracking was switched off."""
+        """What a training forward moves: nothing in eval, and nothing when tracking was switched off.
+
+        Whoever moves them does it through :func:`batchnorm.ops.averages.update`, which knows a recomputation.
+        """
         if not self.training or not self.track_running_stats:
             return Averages(None, None, None)
         return Averages(self.running_mean, self.running_var, self.num_batches_tracked)
@@ -143,7 +172,7 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         """Torch's, and what differs from the defaults."""
         parts: list[str] = [super().extra_repr()]
-        for name in ("activation", "ddof", "on_single_value"):
+        for name in ("activation", "ddof", "on_single_value", "inference_weight"):
             value = getattr(self, name)
             if value != getattr(_BatchNormLayer, name):
                 parts.append(f"{name}={value!r}")
@@ -184,7 +213,11 @@ class BatchNorm1d(_BatchNormLayer, torch.nn.BatchNorm1d):
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "hardswish" or None.
         decay: the weight of the old value, 1 - momentum; instead of momentum, for those who think in Keras's terms.
         ddof: 1 for an unbiased running variance (torch), 0 for a biased one (Keras, Flax, ONNX).
-        on_single_value: what a training batch with one value per channel does.
+        on_single_value: what a training batch with one (real) value per channel does, which has no deviation. "raise":
+            an error, as in torch; "running": it is normalized with the running statistics; "skip": it is not
+            normalized, y = activation(gamma * x + beta + residual). The last two count and update nothing.
+        inference_weight: how much a sample counts in the statistics of its own inference, 0 to 1 (Summers & Dinneen
+            2020, section 3.1); small values close the gap between training and inference.
 
     Shape: input and output (N, C) or (N, C, L); ``mask`` (N,) or (N, L); ``lengths`` (N,); ``residual`` as input.
 
