@@ -89,10 +89,11 @@ def update(
 
 
 def _mover(running: Tensor) -> Any:
-    """The operator, or the reference where only plain torch functions will do or the kernels know no such statistic."""
-    if running.dim() != 1 or not running.is_floating_point():
-        return reference.update_running
-    # While torch.compile traces, the operator's own rules are used.
-    if reference.composing() and not torch.compiler.is_compiling():
-        return reference.update_running
-    return torch.ops.batchnorm.update_running
+    """The operator, or the reference: for a statistic that the kernels do not know, and where torch looks inside.
+
+    That is torch.func, and torch.compile, which fuses a few vectors' arithmetic itself and would copy the buffers
+    around an operator that changes them.
+    """
+    known = running.dim() == 1 and running.is_floating_point()
+    inside = torch.compiler.is_compiling() or reference.composing()
+    return torch.ops.batchnorm.update_running if known and not inside else reference.update_running

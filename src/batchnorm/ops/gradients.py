@@ -44,12 +44,13 @@ def _normalize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _normalize_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    _, _, invstd, weight, bias, *_ = ctx.saved_tensors
-    saved = (grad, *ctx.saved_tensors, ctx.activation)
+    kept = ctx.saved_tensors  # once: torch.utils.checkpoint gives them out no second time
+    _, _, invstd, weight, bias, _, _, mask = kept
+    saved = (grad, *kept, ctx.activation)
     sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(*saved)
     # Constant statistics add nothing to dx: sums of zero, of which the count does not matter.
     zero, one = torch.zeros_like(invstd), invstd.new_ones(())
-    want_residual = _wants_residual(ctx, ctx.needs_input_grad[5])
+    want_residual = _wants_residual(ctx.activation, mask, ctx.needs_input_grad[5])
     dx, dresidual = torch.ops.batchnorm.grad_input(*saved, one, zero, zero, want_residual)
     gamma = 1 if weight is None else weight.to(invstd.dtype)
     dmean = -gamma * invstd * sum_dz
@@ -81,7 +82,7 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
     if grad is None:
         return (None,) * 7
     x, mean, invstd, weight, bias, residual, sign, mask, count = ctx.saved_tensors
-    want_residual = _wants_residual(ctx, ctx.needs_input_grad[3])
+    want_residual = _wants_residual(ctx.activation, mask, ctx.needs_input_grad[3])
     if torch.is_grad_enabled():
         affine = (weight, bias, residual, sign, mask, ctx.activation)
         dx, dweight, dbias, dresidual = differentiable_backward(grad, x, affine, ctx.eps, want_residual)
@@ -120,9 +121,9 @@ def differentiable_backward(
     return dx, dweight, dbias, dresidual
 
 
-def _wants_residual(ctx: Any, needed: bool) -> bool:
+def _wants_residual(activation: str, mask: Tensor | None, needed: bool) -> bool:
     # Without activation and mask the residual's gradient is `grad` itself: nothing to compute, nothing to store.
-    return bool(needed) and not (ctx.activation == "none" and ctx.saved_tensors[7] is None)
+    return needed and not (activation == "none" and mask is None)
 
 
 def _residual_gradient(ctx: Any, grad: Tensor, dresidual: Tensor, computed: bool, needed: bool) -> Tensor | None:
