@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError
-from batchnorm.ops import functional
+from batchnorm.ops import functional, jagged
 from batchnorm.ops.arguments import check_inference_weight, positions
 from batchnorm.ops.functional import SINGLE_VALUE_POLICIES, Activation, OnSingleValue
 from batchnorm.ops.schema import ACTIVATIONS
@@ -105,12 +105,27 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             weight, bias: gamma and beta for this call in place of the layer's own: (C,), or (N, C) for each sample's.
         """
         self._check_input_dim(input)
-        real = None if mask is None and lengths is None else positions(input, mask, lengths)
         weight = self.weight if weight is None else weight
         bias = self.bias if bias is None else bias
+        if input.is_nested:
+            if mask is not None or lengths is not None:
+                raise InputError("expected no mask or lengths with a nested input, which has lengths of its own")
+            return self._normalize_nested(input, weight, bias, residual)
+        real = None if mask is None and lengths is None else positions(input, mask, lengths)
         if self._uses_batch():
             return self._normalize_by_batch(input, real, weight, bias, residual)
         return self._normalize_by_running(input, real, weight, bias, residual)
+
+    def _normalize_nested(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """A nested (jagged) input, as the dense batch of its values."""
+        by_row = any(tensor is not None and tensor.dim() == 2 for tensor in (weight, bias))
+        packed = jagged.Packed(input, by_row)
+        normalize = self._normalize_by_batch if self._uses_batch() else self._normalize_by_running
+        weight, bias = packed.per_position(weight), packed.per_position(bias)
+        residual = None if residual is None else packed.pack(residual)
+        return packed.unpack(normalize(packed.x, packed.mask, weight, bias, residual))
 
     def _uses_batch(self) -> bool:
         """Whether this forward takes the statistics of its batch. As in torch, without buffers it does in eval too."""
