@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+from torch.utils.checkpoint import checkpoint
 
 import batchnorm as bn
 
@@ -23,6 +25,12 @@ class Case:
     make: Callable[..., torch.nn.Module]
     shape: tuple[int, ...]
     formats: tuple[torch.memory_format, ...] = (torch.contiguous_format,)
+
+
+def materialised(layer: torch.nn.Module, *shape: int) -> torch.nn.Module:
+    """A lazy layer after its first forward, which leaves no trace in eval."""
+    layer.eval()(torch.zeros(shape))
+    return layer.train()
 
 
 CASES = {
@@ -42,6 +50,28 @@ CASES = {
         lambda **kw: bn.nn.BatchNorm3d(3, **kw),
         (3, 3, 2, 3, 2),
         (torch.contiguous_format, torch.channels_last_3d),
+    ),
+    "BatchNorm2d-policies": Case(
+        bn.nn.BatchNorm2d,
+        lambda **kw: bn.nn.BatchNorm2d(3, decay=0.8, ddof=0, on_single_value="running", inference_weight=0.2, **kw),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "BatchNorm1d-skip": Case(
+        bn.nn.BatchNorm1d, lambda **kw: bn.nn.BatchNorm1d(3, on_single_value="skip", activation="gelu", **kw), (4, 3, 5)
+    ),
+    "LazyBatchNorm1d": Case(
+        bn.nn.LazyBatchNorm1d, lambda **kw: materialised(bn.nn.LazyBatchNorm1d(**kw), 1, 3), (6, 3)
+    ),
+    "LazyBatchNorm2d": Case(
+        bn.nn.LazyBatchNorm2d,
+        lambda **kw: materialised(bn.nn.LazyBatchNorm2d(ddof=0, **kw), 1, 3, 1, 1),
+        (4, 3, 2, 5),
+    ),
+    "LazyBatchNorm3d": Case(
+        bn.nn.LazyBatchNorm3d,
+        lambda **kw: materialised(bn.nn.LazyBatchNorm3d(activation="relu", **kw), 1, 3, 1, 1, 1),
+        (3, 3, 2, 3, 2),
     ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -168,6 +198,35 @@ def test_masked_rows_are_as_if_they_were_not_there(case):
     torch.testing.assert_close(y[:-2], expected)
     assert y[-2:].abs().sum() == 0
     torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+
+
+@every_case
+@both_modes
+def test_a_fully_masked_batch_is_nothing(case, training):
+    layer = made(case, training)
+    before = copy.deepcopy(layer.state_dict())
+    x = torch.full(case.shape, float("nan"), requires_grad=True)
+    y = layer(x, mask=torch.zeros(case.shape[0], *case.shape[2:], dtype=torch.bool))
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros(case.shape))
+    assert torch.equal(x.grad, torch.zeros(case.shape))
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters() if p.grad is not None)
+    torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+
+
+@every_case
+@both_modes
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_activation_checkpointing_changes_nothing(case, training, use_reentrant):
+    """pytorch #96136: the second run of the same batch is not counted."""
+    layer = made(case, training)
+    twin, results = copy.deepcopy(layer), []
+    for model, forward in ((layer, lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)), (twin, twin)):
+        for step in range(2):
+            x = torch.linspace(-1, 4 + step, math.prod(case.shape)).reshape(case.shape).sin().requires_grad_()
+            forward(x).pow(3).sum().backward()
+        results.append((x.grad, [parameter.grad for parameter in model.parameters()], model.state_dict()))
+    torch.testing.assert_close(*results)
 
 
 @every_case

@@ -47,6 +47,7 @@ class _LazyBatchNormLayer(_BatchNormLayer):
 
     def initialize_parameters(self, input: Tensor, **_: Any) -> None:
         """Make gamma, beta and the running statistics for the channels of the input, whatever comes with it."""
+        self._check_input_dim(input)
         parent: Any = super()
         parent.initialize_parameters(
             torch.empty(1, jagged.channels(input), device="meta") if input.is_nested else input
