@@ -33,6 +33,19 @@ def materialised(layer: torch.nn.Module, *shape: int) -> torch.nn.Module:
     return layer.train()
 
 
+class Split(torch.nn.Module):
+    """A layer for complex numbers as one for real ones: (N, C, *) holds the real parts, and makes the others."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = self.layer(torch.complex(wide, 0.7 * wide + (wide > 0)), **kwargs)
+        return (y.real - 2 * y.imag).to(x.dtype)
+
+
 CASES = {
     "BatchNorm1d": Case(bn.nn.BatchNorm1d, lambda **kw: bn.nn.BatchNorm1d(3, **kw), (6, 3)),
     "BatchNorm1d-L": Case(bn.nn.BatchNorm1d, lambda **kw: bn.nn.BatchNorm1d(3, activation="relu", **kw), (4, 3, 5)),
@@ -56,6 +69,17 @@ CASES = {
         lambda **kw: bn.nn.BatchNorm2d(3, decay=0.8, ddof=0, on_single_value="running", inference_weight=0.2, **kw),
         (4, 3, 2, 5),
         (torch.contiguous_format, torch.channels_last),
+    ),
+    "ComplexBatchNorm1d": Case(
+        bn.nn.ComplexBatchNorm1d, lambda **kw: Split(bn.nn.ComplexBatchNorm1d(3, activation="silu", **kw)), (6, 3)
+    ),
+    "ComplexBatchNorm2d": Case(
+        bn.nn.ComplexBatchNorm2d, lambda **kw: Split(bn.nn.ComplexBatchNorm2d(3, momentum=None, **kw)), (4, 3, 2, 5)
+    ),
+    "ComplexBatchNorm3d": Case(
+        bn.nn.ComplexBatchNorm3d,
+        lambda **kw: Split(bn.nn.ComplexBatchNorm3d(3, ddof=0, on_single_value="running", **kw)),
+        (3, 3, 2, 3, 2),
     ),
     "BatchNorm1d-skip": Case(
         bn.nn.BatchNorm1d, lambda **kw: bn.nn.BatchNorm1d(3, on_single_value="skip", activation="gelu", **kw), (4, 3, 5)
@@ -88,7 +112,9 @@ def made(case: Case, training: bool, **kwargs: Any) -> torch.nn.Module:
     layer = case.make(**kwargs).train(training)
     with torch.no_grad():
         for name, tensor in layer.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
+            if "covar" in name:
+                tensor.mul_(1 + 0.3 * torch.rand_like(tensor))  # still a covariance
+            elif tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name else -0.2))
     return layer
 
@@ -233,7 +259,7 @@ def test_activation_checkpointing_changes_nothing(case, training, use_reentrant)
 @both_modes
 def test_empty_batch(case, training):
     layer = made(case, training)
-    before = {k: v.clone() for k, v in layer.state_dict().items() if k != "num_batches_tracked"}
+    before = {k: v.clone() for k, v in layer.state_dict().items() if "num_batches_tracked" not in k}
     x = torch.randn(0, *case.shape[1:], requires_grad=True)
     y = layer(x)
     y.sum().backward()

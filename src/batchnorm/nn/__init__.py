@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from batchnorm.nn import functional
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm.nn.complex_batch_norm import ComplexBatchNorm1d, ComplexBatchNorm2d, ComplexBatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ComplexBatchNorm1d",
+    "ComplexBatchNorm2d",
+    "ComplexBatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

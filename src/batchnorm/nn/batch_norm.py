@@ -120,8 +120,7 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         self, input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """A nested (jagged) input, as the dense batch of its values."""
-        by_row = any(tensor is not None and tensor.dim() == 2 for tensor in (weight, bias))
-        packed = jagged.Packed(input, by_row)
+        packed = jagged.Packed(input, any(tensor is not None and tensor.dim() == 2 for tensor in (weight, bias)))
         normalize = self._normalize_by_batch if self._uses_batch() else self._normalize_by_running
         weight, bias = packed.per_position(weight), packed.per_position(bias)
         residual = None if residual is None else packed.pack(residual)

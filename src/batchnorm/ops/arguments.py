@@ -121,4 +121,4 @@ def _check_parameters(
 
 
 def _remedy(x: Tensor) -> str:
-    return "use a ComplexBatchNorm layer" if x.is_complex() else "convert it with .float()"
+    return "a ComplexBatchNorm layer takes it" if x.is_complex() else "convert it with .float()"

@@ -58,7 +58,8 @@ class Packed:
         """A coefficient of each row, (N, C), as one of each position."""
         if coefficient is None or coefficient.dim() != 2:
             return coefficient
-        if coefficient.shape != (rows := self.offsets.numel() - 1, self.x.size(1)):
+        rows = self.offsets.numel() - 1
+        if coefficient.size(0) != rows:
             raise ShapeError(f"expected weight and bias for {rows} rows, got {list(coefficient.shape)}")
         return coefficient[self._row().clamp(max=rows - 1)]
 
