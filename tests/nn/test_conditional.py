@@ -111,6 +111,20 @@ def test_memory_formats_and_narrow_types(training, memory_format, dtype):
 
 
 @both_modes
+def test_gamma_from_a_layer_under_autocast(training):
+    x, embed = torch.randn(4, 3, 5), torch.nn.Linear(2, 3)
+    layer = bn.nn.BatchNorm1d(3, affine=False).train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        gamma = embed(torch.randn(4, 2))
+        y = layer(x, weight=gamma)
+    assert gamma.dtype == torch.bfloat16
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, copy.deepcopy(layer)(x, weight=gamma.float()))
+    y.pow(3).sum().backward()
+    assert embed.weight.grad.abs().sum() > 0
+
+
+@both_modes
 def test_compiles_exports_and_transforms(training):
     layer = bn.nn.BatchNorm1d(3, inference_weight=0.2).train(training)
     x, gamma = torch.randn(4, 3, 5), torch.randn(4, 3)

@@ -135,3 +135,21 @@ def test_refused_before_anything_is_counted(x, kwargs, words):
 def test_the_older_layout_is_refused():
     with pytest.raises(bn.InputError, match=r"expected a nested tensor with layout=torch.jagged, got .*torch.strided"):
         bn.nn.BatchNorm1d(2)(torch.nested.nested_tensor(X, layout=torch.strided))
+
+
+@both_modes
+def test_compiles_for_rows_of_other_lengths(training):
+    layer = randomise(bn.nn.BatchNorm1d(2)).train(training)
+    twin = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for lengths in ((3, 5), (2, 7), (4, 1)):
+        rows = [torch.randn(length, 2) for length in lengths]
+        ours, theirs = jagged(rows), jagged(rows)
+        y, expected = compiled(ours), twin(theirs)
+        y.values().pow(3).sum().backward()
+        expected.values().pow(3).sum().backward()
+        torch.testing.assert_close(y.values(), expected.values())
+        torch.testing.assert_close(ours.grad.values(), theirs.grad.values())
+    torch.testing.assert_close(layer.state_dict(), twin.state_dict())
+    torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -105,8 +106,10 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             weight, bias: gamma and beta for this call in place of the layer's own: (C,), or (N, C) for each sample's.
         """
         self._check_input_dim(input)
-        weight = self.weight if weight is None else weight
-        bias = self.bias if bias is None else bias
+        if weight is None:
+            weight = _held(self, self._parameters, "weight")
+        if bias is None:
+            bias = _held(self, self._parameters, "bias")
         if input.is_nested:
             if mask is not None or lengths is not None:
                 raise InputError("expected no mask or lengths with a nested input, which has lengths of its own")
@@ -128,7 +131,7 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
 
     def _uses_batch(self) -> bool:
         """Whether this forward takes the statistics of its batch. As in torch, without buffers it does in eval too."""
-        return self.training or self._buffers["running_mean"] is None
+        return self.training or _held(self, self._buffers, "running_mean") is None
 
     def _normalize_by_batch(
         self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -161,8 +164,8 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         """Normalize with the running statistics, which stay as they are."""
         return functional.batch_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            _held(self, self._buffers, "running_mean"),
+            _held(self, self._buffers, "running_var"),
             weight,
             bias,
             False,
@@ -181,7 +184,12 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
         """
         if not self.training or not self.track_running_stats:
             return Averages(None, None, None)
-        return Averages(self.running_mean, self.running_var, self.num_batches_tracked)
+        buffers = self._buffers
+        return Averages(
+            _held(self, buffers, "running_mean"),
+            _held(self, buffers, "running_var"),
+            _held(self, buffers, "num_batches_tracked"),
+        )
 
     def extra_repr(self) -> str:
         """Torch's, and what differs from the defaults."""
@@ -191,6 +199,17 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             if value != getattr(_BatchNormLayer, name):
                 parts.append(f"{name}={value!r}")
         return ", ".join(parts)
+
+
+def _held(layer: torch.nn.Module, kept: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """``getattr(layer, name)``, without a module's long way to its tensors: five of them are a tenth of a small step.
+
+    A parametrized tensor, and that of a replica, is not among those that the module keeps.
+    """
+    if name in kept:
+        return kept[name]
+    found: Tensor | None = getattr(layer, name)
+    return found
 
 
 def _momentum(momentum: float | None, decay: float) -> float:

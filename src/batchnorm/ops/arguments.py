@@ -109,6 +109,8 @@ def _check_parameters(
             continue
         if tensor.dim() == 2 and name in ("weight", "bias") and tensor.shape == x.shape[:2]:
             per_sample = True
+            if tensor.is_floating_point() and tensor.dtype.itemsize < x.dtype.itemsize:
+                continue  # another layer's output, which autocast may have made narrow
         elif tensor.dim() != 1 or tensor.size(0) != channels:
             # torch's own words, which programs match on.
             raise ShapeError(f"{name} should contain {channels} elements not {tensor.numel()}")
