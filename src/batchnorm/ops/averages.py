@@ -84,7 +84,7 @@ def update(
             else:
                 num_batches.add_(count > 0 if masked or again is None else ~again)
         if running_mean is not None and running_var is not None:
-            move = _mover(running_mean)
+            move = _mover(running_var)
             move(running_mean, running_var, mean.detach(), var.detach(), count, momentum, num_batches, ddof)
 
 
