@@ -6,6 +6,9 @@ from batchnorm.nn import functional
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.complex_batch_norm import ComplexBatchNorm1d, ComplexBatchNorm2d, ComplexBatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from batchnorm.nn.outside import NormOutsideGradient
+from batchnorm.nn.whitened_linear import WhitenedLinear
+from batchnorm.nn.whitening import DecorrelatedBatchNorm, IterNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -14,8 +17,12 @@ __all__ = [
     "ComplexBatchNorm1d",
     "ComplexBatchNorm2d",
     "ComplexBatchNorm3d",
+    "DecorrelatedBatchNorm",
+    "IterNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "NormOutsideGradient",
+    "WhitenedLinear",
     "functional",
 ]
