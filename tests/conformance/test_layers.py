@@ -97,6 +97,38 @@ CASES = {
         lambda **kw: materialised(bn.nn.LazyBatchNorm3d(activation="relu", **kw), 1, 3, 1, 1, 1),
         (3, 3, 2, 3, 2),
     ),
+    "DecorrelatedBatchNorm": Case(
+        bn.nn.DecorrelatedBatchNorm, lambda **kw: bn.nn.DecorrelatedBatchNorm(4, 2, **kw), (6, 4)
+    ),
+    "DecorrelatedBatchNorm-wider-than-the-batch": Case(
+        bn.nn.DecorrelatedBatchNorm, lambda **kw: bn.nn.DecorrelatedBatchNorm(5, 5, momentum=None, **kw), (4, 5)
+    ),
+    "DecorrelatedBatchNorm-2d": Case(
+        bn.nn.DecorrelatedBatchNorm,
+        lambda **kw: bn.nn.DecorrelatedBatchNorm(6, 3, activation="silu", **kw),
+        (4, 6, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "IterNorm": Case(bn.nn.IterNorm, lambda **kw: bn.nn.IterNorm(4, 2, bias=False, **kw), (6, 4, 3)),
+    "IterNorm-3d": Case(
+        bn.nn.IterNorm,
+        lambda **kw: bn.nn.IterNorm(6, 3, num_iterations=7, activation="relu", **kw),
+        (3, 6, 2, 3, 2),
+        (torch.contiguous_format, torch.channels_last_3d),
+    ),
+    "NormOutsideGradient-mean": Case(
+        bn.nn.NormOutsideGradient, lambda **kw: bn.nn.NormOutsideGradient(3, "mean", every=2, **kw), (4, 3, 5)
+    ),
+    "NormOutsideGradient": Case(
+        bn.nn.NormOutsideGradient,
+        lambda **kw: bn.nn.NormOutsideGradient(3, activation="silu", **kw),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "NormOutsideGradient-whitening": Case(
+        bn.nn.NormOutsideGradient, lambda **kw: bn.nn.NormOutsideGradient(4, "whitening", group_size=2, **kw), (6, 4)
+    ),
+    "WhitenedLinear": Case(bn.nn.WhitenedLinear, lambda **kw: bn.nn.WhitenedLinear(3, 3, **kw), (6, 3)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -116,6 +148,8 @@ def made(case: Case, training: bool, **kwargs: Any) -> torch.nn.Module:
                 tensor.mul_(1 + 0.3 * torch.rand_like(tensor))  # still a covariance
             elif tensor.is_floating_point():
                 tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name else -0.2))
+            if name.endswith("_cov"):
+                tensor.copy_(tensor @ tensor.mT + torch.eye(tensor.size(-1)))
     return layer
 
 
