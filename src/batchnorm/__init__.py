@@ -25,6 +25,7 @@ from batchnorm._errors import (
     RecordsError,
     ShapeError,
     StatisticsFileError,
+    SynchronizationError,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ __all__ = [
     "RecordsError",
     "ShapeError",
     "StatisticsFileError",
+    "SynchronizationError",
     "__version__",
     "moments",
     "nn",

@@ -10,6 +10,7 @@ code written for those catches ours too::
     │   ├── RecordsError                        a run's folder or its records
     │   └── StatisticsFileError                 a file of saved statistics
     ├── DtypeError              TypeError, RuntimeError    a type of data that cannot be handled
+    ├── SynchronizationError    RuntimeError    processes that disagree, or one that does not answer
     ├── OutputError             OSError         a place that cannot be written
     └── MissingDependencyError  ImportError     an optional package that is not installed
 
@@ -50,6 +51,13 @@ class DtypeError(BatchnormError, TypeError, RuntimeError):
     """Data of a type that cannot be handled, or of types that do not go together.
 
     Also a RuntimeError, because that is what torch raises for dtypes that do not match.
+    """
+
+
+class SynchronizationError(BatchnormError, RuntimeError):
+    """The processes of a group disagree about a layer, or one of them does not answer.
+
+    Also a RuntimeError, because that is what torch.distributed raises.
     """
 
 

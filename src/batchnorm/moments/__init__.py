@@ -17,6 +17,6 @@ rounding, which at a mean of 1e8 and a deviation of 1 costs eight digits of the 
 from __future__ import annotations
 
 from batchnorm.moments.blocks import as_tensor
-from batchnorm.moments.statistics import Moments, Scatter, bessel_factor, difference_of_means
+from batchnorm.moments.statistics import Moments, Scatter, bessel_factor, difference_of_means, pooled
 
-__all__ = ["Moments", "Scatter", "as_tensor", "bessel_factor", "difference_of_means"]
+__all__ = ["Moments", "Scatter", "as_tensor", "bessel_factor", "difference_of_means", "pooled"]

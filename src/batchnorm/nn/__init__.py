@@ -7,6 +7,7 @@ from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.complex_batch_norm import ComplexBatchNorm1d, ComplexBatchNorm2d, ComplexBatchNorm3d
 from batchnorm.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from batchnorm.nn.outside import NormOutsideGradient
+from batchnorm.nn.sync import SyncBatchNorm
 from batchnorm.nn.whitened_linear import WhitenedLinear
 from batchnorm.nn.whitening import DecorrelatedBatchNorm, IterNorm
 
@@ -23,6 +24,7 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "NormOutsideGradient",
+    "SyncBatchNorm",
     "WhitenedLinear",
     "functional",
 ]

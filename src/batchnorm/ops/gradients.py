@@ -102,20 +102,29 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
 
 
 def differentiable_backward(
-    grad: Tensor, x: Tensor, affine: tuple[Any, ...], eps: float, want_residual: bool
+    grad: Tensor,
+    x: Tensor,
+    affine: tuple[Any, ...],
+    eps: float,
+    want_residual: bool,
+    *,
+    pool: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of a training step where someone will differentiate them (create_graph=True).
 
     The statistics must then depend on x, which saved ones do not. Made of operators that have gradients of their own,
-    it is differentiable to any order. ``affine`` is weight, bias, residual, sign, mask, activation.
+    it is differentiable to any order. ``affine`` is weight, bias, residual, sign, mask, activation. Where x is a part
+    of a batch, ``pool`` gives the whole batch's count, mean and m2 for those of x, ``total`` the whole batch's sums.
     """
     weight, bias = affine[:2]
     count, mean, m2 = torch.ops.batchnorm.stats(x, affine[4])
+    if pool is not None:
+        count, mean, m2 = pool(count, mean, m2)
     invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
     sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(grad, x, mean, invstd, *affine)
-    dx, dresidual = torch.ops.batchnorm.grad_input(
-        grad, x, mean, invstd, *affine, count, sum_dz, sum_dz_xhat, want_residual
-    )
+    sums = (sum_dz, sum_dz_xhat) if total is None else total(torch.cat([sum_dz, sum_dz_xhat])).split(x.size(1))
+    dx, dresidual = torch.ops.batchnorm.grad_input(grad, x, mean, invstd, *affine, count, *sums, want_residual)
     dweight = sum_dz_xhat if weight is None else sum_dz_xhat.to(weight.dtype)
     dbias = sum_dz if bias is None else sum_dz.to(bias.dtype)
     return dx, dweight, dbias, dresidual
