@@ -129,6 +129,13 @@ CASES = {
         bn.nn.NormOutsideGradient, lambda **kw: bn.nn.NormOutsideGradient(4, "whitening", group_size=2, **kw), (6, 4)
     ),
     "WhitenedLinear": Case(bn.nn.WhitenedLinear, lambda **kw: bn.nn.WhitenedLinear(3, 3, **kw), (6, 3)),
+    # In one process; tests/distributed has the rest.
+    "SyncBatchNorm": Case(
+        bn.nn.SyncBatchNorm,
+        lambda **kw: bn.nn.SyncBatchNorm(3, activation="relu", **kw),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -8,7 +8,7 @@ thrown away and the next test starts another.
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import functools
 import importlib.util
 import inspect
@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 RANKS = 2
-COLLECTIVE = datetime.timedelta(seconds=30)  # what a rank waits for the other
+COLLECTIVE = dt.timedelta(seconds=30)  # what a rank waits for the other
 BODY = 90.0  # seconds for a test's body, compilation included
 
 
