@@ -104,15 +104,19 @@ def _positions(x: Tensor) -> int:
 
 
 def _check(x: Tensor, gathered: Tensor, composing: bool) -> None:
+    """What only all ranks together can know. The values of a transform's tensors cannot be read: nothing is checked."""
     if composing:
         return
+    # Where one rank has more than one position, all know that there are more: only the others look at the sum.
+    in_doubt = _positions(x) <= 1
     if torch.compiler.is_compiling():
         torch._assert_async((gathered[:, 0] == signature(x)).all(), "the ranks disagree in channels or dtype")
+        if in_doubt:
+            torch._assert_async(gathered[:, 1].sum() != 1, "Expected more than 1 value per channel when training")
         return
     if x.device.type == "cpu":  # elsewhere reading it would make the processor wait for the device at every step
         check_signatures(x, gathered[:, 0])
-    # Where one process has more, all have more: only those read the sum whom it might concern.
-    if _positions(x) <= 1 and gathered[:, 1].sum() == 1:
+    if in_doubt and gathered[:, 1].sum() == 1:
         raise ShapeError(
             f"Expected more than 1 value per channel when training, got one on all ranks together, here {x.size()}"
         )
