@@ -1,7 +1,7 @@
 """What SyncBatchNorm costs: with one rank beside the plain layer, and what two ranks add, on gloo and the CPU.
 
-The target is a step of at most 1.1 times the plain layer's with one rank. Two ranks are for the record: what they add is
-the backend's latency, twice. torch's own SyncBatchNorm does not run on the CPU.
+The target is a step of at most 1.1 times the plain layer's with one rank. Two ranks are for the record: what they add
+is the backend's latency, twice. torch's own SyncBatchNorm does not run on the CPU.
 """
 
 from __future__ import annotations

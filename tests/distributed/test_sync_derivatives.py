@@ -244,3 +244,24 @@ def test_compiles_for_batches_of_changing_size(rank):
         torch.testing.assert_close(y, part(expected, rank))
     assert counter.frame_count <= 2  # the second with a symbol for the size
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("policy", ["raise", "running"])
+@on_both_ranks
+def test_compiles_with_masks_and_coefficients_of_each_sample(rank, policy):
+    layer, one, whole = pair_of("silu")
+    layer.on_single_value = one.on_single_value = policy
+    mask, gamma = torch.rand(6, 4) > 0.4, torch.rand(6, 3, dtype=torch.float64)
+    for weight in (None, gamma):
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            x, reference = part(whole, rank).clone().requires_grad_(), whole.clone().requires_grad_()
+            own = None if weight is None else part(weight, rank)
+            y, expected = compiled(x, mask=part(mask, rank), weight=own), one(reference, mask=mask, weight=weight)
+            y.pow(2).sum().backward()
+            expected.pow(2).sum().backward()
+            torch.testing.assert_close(y, part(expected, rank))
+            torch.testing.assert_close(x.grad, part(reference.grad, rank))
+        torch.testing.assert_close(layer.state_dict(), one.state_dict())
+    torch._dynamo.reset()

@@ -268,3 +268,4 @@ def test_recomputation_in_checkpoints(rank):
         layer, x = bn.nn.SyncBatchNorm(3), whole[mine].clone().requires_grad_()
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).pow(3).sum().backward()
         torch.testing.assert_close(x.grad, reference.grad[mine])
+        torch.testing.assert_close(layer.state_dict(), one.state_dict())  # one batch, counted once

@@ -219,3 +219,65 @@ def test_a_single_value_on_all_ranks_together(rank, shape):
         layer(part(whole, rank, 1))
     torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
     assert layer(torch.randn(shape)).isfinite().all()  # one on each is two
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("policy", ["running", "skip"])
+@on_both_ranks
+def test_policies_for_a_single_value(rank, policy, masked):
+    """As one process with that value: first and second derivatives, nothing counted; and otherwise as always."""
+    options = {"on_single_value": policy, "activation": "silu", "dtype": torch.float64}
+    layer = sync_layer(**options)
+    one = bn.nn.BatchNorm1d(3, **options)
+    one.load_state_dict(layer.state_dict())
+    whole = torch.randn(1, 3, 1) if not masked else torch.randn(4, 3, 2)
+    mask = None
+    if masked:
+        mask = torch.zeros(4, 2, dtype=torch.bool)
+        mask[3, 1] = True  # of rank 1
+
+    def run(module, x, own_mask, direction):
+        x = x.double().requires_grad_()
+        y = module(x, mask=own_mask)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), x)
+        x.grad = None
+        module(x, mask=own_mask).pow(3).sum().backward()
+        torch.testing.assert_close(x.grad, first)
+        return y, first, second
+
+    direction = torch.randn_like(whole).double()
+    split = 0 if not masked else 2
+    found = run(
+        layer, part(whole, rank, split), None if mask is None else part(mask, rank, split), part(direction, rank, split)
+    )
+    for got, expected in zip(found, run(one, whole, mask, direction), strict=True):
+        torch.testing.assert_close(got, part(expected, rank, split))
+    torch.testing.assert_close(layer.state_dict(), one.state_dict(), rtol=0, atol=0)
+    assert layer.num_batches_tracked == 0
+    more = torch.randn(5, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(layer(part(more, rank, 2)), part(one(more), rank, 2))
+    torch.testing.assert_close(layer.state_dict(), one.state_dict())
+
+
+@on_both_ranks
+def test_gamma_and_beta_of_each_sample(rank):
+    layer, one = (
+        sync_layer(activation="relu", dtype=torch.float64),
+        bn.nn.BatchNorm1d(3, activation="relu", dtype=torch.float64),
+    )
+    one.load_state_dict(layer.state_dict())
+    whole, gamma, beta = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 3, 4), (6, 3), (6, 3)))
+    dy = torch.randn_like(whole)
+    tensors = [leaf(part(tensor, rank, 2)) for tensor in (whole, gamma, beta)]
+    reference = [leaf(tensor) for tensor in (whole, gamma, beta)]
+    y, expected = (
+        layer(tensors[0], weight=tensors[1], bias=tensors[2]),
+        one(reference[0], weight=reference[1], bias=reference[2]),
+    )
+    torch.testing.assert_close(y, part(expected, rank, 2))
+    y.backward(part(dy, rank, 2))
+    expected.backward(dy)
+    for tensor, whole_tensor in zip(tensors, reference, strict=True):
+        torch.testing.assert_close(tensor.grad, part(whole_tensor.grad, rank, 2))
+    torch.testing.assert_close(layer.state_dict(), one.state_dict())

@@ -156,6 +156,7 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             ddof=self.ddof,
             num_batches_tracked=num_batches,
             on_single_value=self.on_single_value,
+            group=self._shares_with(input),
         )
 
     def _normalize_by_running(
@@ -176,6 +177,10 @@ class _BatchNormLayer(torch.nn.modules.batchnorm._BatchNorm):
             activation=self.activation,
             inference_weight=self.inference_weight,
         )
+
+    def _shares_with(self, _input: Tensor) -> Any:
+        """The process group whose batch the input of a forward is a part of; None where it is a whole batch."""
+        return None
 
     def _averages(self) -> Averages:
         """What a training forward moves: nothing in eval, and nothing when tracking was switched off.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, distributed
 
 from batchnorm._errors import InputError, ShapeError, SynchronizationError
-from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, OnSingleValue, _BatchNormLayer
-from batchnorm.ops import collectives, functional
-from batchnorm.ops.functional import Activation
+from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormLayer
+from batchnorm.ops import collectives
+from batchnorm.ops.functional import Activation, OnSingleValue
 
 
 class SavedGroup(NamedTuple):
@@ -36,7 +36,7 @@ class SyncBatchNorm(_BatchNormLayer):
 
     It has the arguments of :class:`torch.nn.SyncBatchNorm`, in its order, and its ``state_dict``; it runs on every
     backend and device, gloo and CPU included. It is no instance of it: DistributedDataParallel refuses those on the
-    CPU. Forward is one collective (all-gather of 2 C + 3 numbers) and backward another (all-reduce of 2 C); at the
+    CPU. Forward is one collective (all-gather of 2 C + 2 numbers) and backward another (all-reduce of 2 C); at the
     first forward of a layer one more makes sure that all processes have the same number of channels and the same dtype.
 
     All processes must call the layer, forward and backward, in the same order. One whose output no loss uses has no
@@ -49,8 +49,8 @@ class SyncBatchNorm(_BatchNormLayer):
         affine: learn gamma (``weight``) and beta (``bias``).
         track_running_stats: keep running averages; without them, eval normalizes with this process's batch.
         process_group: whose processes share their statistics; None for all.
-        bias, activation, decay, ddof, on_single_value: as in :class:`BatchNorm1d`. A single value per channel is what
-            all processes have together.
+        bias, activation, decay, ddof, on_single_value, inference_weight: as in :class:`BatchNorm1d`. A single value per
+            channel is what all processes have together.
 
     Shape: input, output and ``residual`` (N, C) or (N, C, \*spatial); ``mask`` (N, \*spatial), of the own part.
 
@@ -80,6 +80,7 @@ class SyncBatchNorm(_BatchNormLayer):
         decay: float | None = None,
         ddof: int = 1,
         on_single_value: OnSingleValue = "raise",
+        inference_weight: float = 0.0,
     ) -> None:
         super().__init__(
             num_features,
@@ -94,6 +95,7 @@ class SyncBatchNorm(_BatchNormLayer):
             decay=decay,
             ddof=ddof,
             on_single_value=on_single_value,
+            inference_weight=inference_weight,
         )
         self.process_group = process_group
         self._agreed: collectives.Agreements = weakref.WeakKeyDictionary()
@@ -102,32 +104,13 @@ class SyncBatchNorm(_BatchNormLayer):
         if input.dim() < 2:
             raise ShapeError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def _normalize_by_batch(
-        self, input: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
+    def _shares_with(self, input: Tensor) -> Any:
         # As in torch, an eval without running averages takes the batch of this process.
         group = self._group() if self.training else None
         peers = None if group is None else collectives.peers(group)
-        if peers is None:
-            return super()._normalize_by_batch(input, mask, weight, bias, residual)
-        collectives.agree(input, peers, group, self._agreed)
-        averages = self._averages()
-        return functional.batch_norm(
-            input,
-            averages.mean,
-            averages.var,
-            weight,
-            bias,
-            True,
-            self.momentum,
-            self.eps,
-            mask=mask,
-            residual=residual,
-            activation=self.activation,
-            ddof=self.ddof,
-            num_batches_tracked=averages.num_batches,
-            group=group,
-        )
+        if peers is not None:
+            collectives.agree(input, peers, group, self._agreed)
+        return group
 
     def _group(self) -> Any:
         """The group to share with, or None where there is none yet."""
@@ -182,7 +165,7 @@ _KNOWN = (
     *(torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm),
 )
-_POLICIES = ("activation", "ddof", "on_single_value")
+_POLICIES = ("activation", "ddof", "on_single_value", "inference_weight")
 
 
 def _converted(module: torch.nn.Module, process_group: Any) -> torch.nn.Module:

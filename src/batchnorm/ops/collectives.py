@@ -105,6 +105,12 @@ def all_reduce(vector: Tensor, peers: Peers) -> Tensor:
 
 def gather(vector: Tensor, peers: Peers) -> Tensor:
     """:func:`all_gather` with derivatives."""
+    if torch.compiler.is_compiling():  # which does not trace a function with rules for torch.func; this it does
+        from torch.distributed._functional_collectives import all_gather_tensor_autograd
+
+        name: Any = peers.name
+        gathered = all_gather_tensor_autograd(vector.contiguous(), 0, name)
+        return gathered.reshape(peers.size, *vector.shape)
     return _Gather.apply(vector, peers)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError
-from batchnorm.ops import averages, eager, per_sample, reference
+from batchnorm.ops import averages, collectives, eager, per_sample, reference
 from batchnorm.ops.arguments import (
     check_eps,
     check_inference_weight,
@@ -22,6 +22,7 @@ from batchnorm.ops.arguments import (
 )
 from batchnorm.ops.averages import in_backward
 from batchnorm.ops.schema import ACTIVATIONS, statistics_dtype
+from batchnorm.ops.synchronized import Part
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "hardswish"]
 OnSingleValue = Literal["raise", "running", "skip"]
@@ -46,6 +47,7 @@ def batch_norm(
     num_batches_tracked: Tensor | None = None,
     on_single_value: OnSingleValue = "raise",
     inference_weight: float = 0.0,
+    group: Any = None,
 ) -> Tensor:
     r"""Normalize each channel over a batch of data, then scale, shift, add and activate.
 
@@ -84,6 +86,9 @@ def batch_norm(
         inference_weight: with ``training=False``, how much the sample itself counts in its mean and variance, from 0
             (the running statistics alone) to 1: mean = alpha mean_n + (1 - alpha) running_mean, and var that of the
             mixture. Inside the gradient.
+        group: a ``torch.distributed`` process group. In training the batch is then what all its processes give, each
+            its own part, perhaps none; all of them have to call, forward and backward. The gradients of weight and
+            bias are those of the own part. None, or a group of one: this process's batch.
 
     Returns:
         y, with the shape and dtype of x.
@@ -94,6 +99,8 @@ def batch_norm(
         InputError: (ValueError) eps out of range, unknown activation, mask and lengths together.
         DtypeError: (TypeError, RuntimeError) x is not floating point, parameters are neither x's dtype nor float32
             beside a narrower x, a mask is not boolean.
+        SynchronizationError: (RuntimeError) the processes of ``group`` disagree in channels or dtype, or one does not
+            answer.
         Nothing is counted or updated when one of these is raised.
 
     Source: Ioffe & Szegedy (2015), Algorithms 1 and 2. inference_weight: Summers & Dinneen (2020), "Four Things
@@ -118,11 +125,18 @@ def batch_norm(
             check_inference_weight(inference_weight)
         return _evaluate(input, running_mean, running_var, affine, real, eps, act, own_affine, inference_weight)
 
+    peers = None if group is None else collectives.peers(group)
     values = input.size(0) * math.prod(input.shape[2:]) if real is None else real_values(real)
     if on_single_value != "raise":
         check_choice("on_single_value", on_single_value, SINGLE_VALUE_POLICIES)
         if on_single_value == "running" and running_mean is None:
             raise InputError('on_single_value="running" needs running_mean and running_var')
+    running = (running_mean, running_var, num_batches_tracked)
+    if peers is not None:
+        collectives.agree(input, peers, group)
+        # Which way must not depend on the data: all ranks have to go the same.
+        part = Part(peers, fused=not own_affine and _operators() is not reference)
+        return _compose(input, running, affine, momentum, eps, real, act, ddof, on_single_value, own_affine, part)
     if values == 1:
         if on_single_value == "raise":
             raise single_value(input, real)
@@ -130,11 +144,10 @@ def batch_norm(
             running_mean = running_var = None
         return _evaluate(input, running_mean, running_var, affine, real, eps, act, own_affine)
 
-    running = (running_mean, running_var, num_batches_tracked)
     undecided = values is None and on_single_value != "raise"
     if own_affine or undecided:
         single = on_single_value if undecided else "raise"
-        return _compose(input, running, affine, momentum, eps, real, act, ddof, single)
+        return _compose(input, running, affine, momentum, eps, real, act, ddof, single, own_affine)
     if _plain_eager():
         if (real is not None and values == 0) or in_backward():
             running = (None, None, None)
@@ -201,24 +214,36 @@ def _compose(
     activation: str,
     ddof: int,
     on_single_value: OnSingleValue,
+    own_affine: bool,
+    part: Part | None = None,
 ) -> Tensor:
     """A training step out of smaller operators, for what the fused one does not do.
 
-    That is gamma and beta of each sample, and the policy for a single value where only the device knows the count.
+    That is gamma and beta of each sample, the policy for a single value where only the device knows the count, and a
+    batch of which input is a part.
     """
     operators = _operators()
-    count, mean, m2 = operators.stats(input, mask)
+    if part is None:
+        count, mean, m2 = operators.stats(input, mask)
+    else:
+        count, mean, m2 = part.statistics(operators, input, mask, refuse_single=on_single_value == "raise")
     var = m2 / count.clamp(min=1)
-    averaged, mean_used, var_used = count, mean, var
+    averaged, mean_used, var_used, shared_by = count, mean, var, count
     if on_single_value != "raise":
         single = count == 1
         population = running[:2] if on_single_value == "running" else (None, None)
         other_mean, other_var = _population(input, *population, eps)
         mean_used, var_used = torch.where(single, other_mean, mean), torch.where(single, other_var, var)
         averaged = torch.where(single, 0, count)
-    averages.update(*running, mean, var, averaged, momentum, ddof, masked=mask is not None)
+        shared_by = torch.where(single, math.inf, count)
+    uncounted = mask is not None or on_single_value != "raise"
+    averages.update(*running, mean, var, averaged, momentum, ddof, masked=uncounted)
     invstd = torch.rsqrt(var_used + eps)
-    return per_sample.normalize(operators, input, mean_used, invstd, *affine, mask, activation)
+    if part is not None and part.fused:
+        return part.normalize(input, mean_used, invstd, *affine, mask, activation, shared_by, eps)
+    if own_affine:
+        return per_sample.normalize(operators, input, mean_used, invstd, *affine, mask, activation)
+    return operators.normalize(input, mean_used, invstd, *affine, mask, activation)[0]
 
 
 def _plain_eager() -> bool:

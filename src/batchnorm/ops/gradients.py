@@ -50,7 +50,7 @@ def _normalize_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(*saved)
     # Constant statistics add nothing to dx: sums of zero, of which the count does not matter.
     zero, one = torch.zeros_like(invstd), invstd.new_ones(())
-    want_residual = _wants_residual(ctx.activation, mask, ctx.needs_input_grad[5])
+    want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[5])
     dx, dresidual = torch.ops.batchnorm.grad_input(*saved, one, zero, zero, want_residual)
     gamma = 1 if weight is None else weight.to(invstd.dtype)
     dmean = -gamma * invstd * sum_dz
@@ -61,7 +61,7 @@ def _normalize_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         dinvstd,
         None if weight is None else sum_dz_xhat.to(weight.dtype),
         None if bias is None else sum_dz.to(bias.dtype),
-        _residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[5]),
+        residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[5]),
         None,
         None,
     )
@@ -82,7 +82,7 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
     if grad is None:
         return (None,) * 7
     x, mean, invstd, weight, bias, residual, sign, mask, count = ctx.saved_tensors
-    want_residual = _wants_residual(ctx.activation, mask, ctx.needs_input_grad[3])
+    want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[3])
     if torch.is_grad_enabled():
         affine = (weight, bias, residual, sign, mask, ctx.activation)
         dx, dweight, dbias, dresidual = differentiable_backward(grad, x, affine, ctx.eps, want_residual)
@@ -94,7 +94,7 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
-        _residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[3]),
+        residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[3]),
         None,
         None,
         None,
@@ -108,20 +108,21 @@ def differentiable_backward(
     eps: float,
     want_residual: bool,
     *,
-    pool: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
+    whole: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of a training step where someone will differentiate them (create_graph=True).
 
     The statistics must then depend on x, which saved ones do not. Made of operators that have gradients of their own,
     it is differentiable to any order. ``affine`` is weight, bias, residual, sign, mask, activation. Where x is a part
-    of a batch, ``pool`` gives the whole batch's count, mean and m2 for those of x, ``total`` the whole batch's sums.
+    of a batch, ``whole`` gives the batch's count, mean and invstd for count, mean and m2 of x, and ``total`` its sums.
     """
     weight, bias = affine[:2]
     count, mean, m2 = torch.ops.batchnorm.stats(x, affine[4])
-    if pool is not None:
-        count, mean, m2 = pool(count, mean, m2)
-    invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
+    if whole is None:
+        invstd = torch.rsqrt(m2 / count.clamp(min=1) + eps)
+    else:
+        count, mean, invstd = whole(count, mean, m2)
     sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(grad, x, mean, invstd, *affine)
     sums = (sum_dz, sum_dz_xhat) if total is None else total(torch.cat([sum_dz, sum_dz_xhat])).split(x.size(1))
     dx, dresidual = torch.ops.batchnorm.grad_input(grad, x, mean, invstd, *affine, count, *sums, want_residual)
@@ -130,12 +131,13 @@ def differentiable_backward(
     return dx, dweight, dbias, dresidual
 
 
-def _wants_residual(activation: str, mask: Tensor | None, needed: bool) -> bool:
-    # Without activation and mask the residual's gradient is `grad` itself: nothing to compute, nothing to store.
+def wants_residual(activation: str, mask: Tensor | None, needed: bool) -> bool:
+    """Whether it is to be computed: without activation and mask it is `grad` itself, and nothing need be stored."""
     return needed and not (activation == "none" and mask is None)
 
 
-def _residual_gradient(ctx: Any, grad: Tensor, dresidual: Tensor, computed: bool, needed: bool) -> Tensor | None:
+def residual_gradient(ctx: Any, grad: Tensor, dresidual: Tensor, computed: bool, needed: bool) -> Tensor | None:
+    """What autograd gets as the residual's gradient."""
     if not needed:
         return None
     return (dresidual if computed else grad).to(ctx.residual_dtype)

@@ -2,14 +2,13 @@
 
 Forward, the processes gather count, mean and m2 of their own parts and pool them, each for itself and in the same
 order, so that all have the same bits. Gathered and not added up: sums could be added only about a shift that all know
-beforehand, or as E[x^2], and neither is exact. It is 2 C + 3 numbers a process. Backward they add up sum dz and
+beforehand, or as E[x^2], and neither is exact. It is 2 C + 2 numbers a process. Backward they add up sum dz and
 sum dz * x_hat, 2 C numbers. A process without data takes part in both with zeros.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +19,10 @@ from batchnorm.moments import pooled
 from batchnorm.ops import fakes, reference
 from batchnorm.ops import registration as registration  # defines the operators
 from batchnorm.ops.collectives import Peers, add_up, all_gather, all_reduce, check_signatures, gather, signature
-from batchnorm.ops.gradients import differentiable_backward
+from batchnorm.ops.gradients import differentiable_backward, residual_gradient, wants_residual
 from batchnorm.ops.schema import NAMESPACE, needs_residual
 
 Statistics = tuple[Tensor, Tensor, Tensor]
-Stats = Callable[[Tensor, Tensor | None], Statistics]
-
-_HEADER = 2  # numbers before count, mean and m2: the signature, and the positions
 
 SCHEMA = (
     "shared_normalize(Tensor x, Tensor mean, Tensor invstd, Tensor? weight, Tensor? bias, Tensor? residual, "
@@ -34,89 +30,59 @@ SCHEMA = (
 )
 
 
-class Running(NamedTuple):
-    """What a training step moves, and how: the last arguments of ``update_running``, around the statistics."""
+class Part(NamedTuple):
+    """What makes a training step that of one process's part of a batch.
 
-    mean: Tensor | None
-    var: Tensor | None
-    momentum: float | None
-    num_batches: Tensor | None
-    ddof: int
-
-
-def train_step(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    running: Running,
-    eps: float,
-    activation: str,
-    peers: Peers,
-) -> Tensor:
-    """y of Algorithm 1 over the batch of all ``peers``, and the running averages moved, on each the same.
-
-    Raises ShapeError where all of them together have one value per channel, and SynchronizationError, before anything
-    was counted.
+    ``fused``: with an operator that has the whole gradient, statistics included. Otherwise the statistics themselves
+    are differentiated, which costs more passes over x and finds its way through ``torch.func``.
     """
-    composing = reference.composing() and not torch.compiler.is_compiling()
-    # A transform must find its way through the statistics; otherwise shared_normalize has the whole gradient.
-    stats = reference.stats if composing else _outside_the_gradient
-    gathered = (gather if composing else all_gather)(_packed(x, *stats(x, mask)), peers)
-    _check(x, gathered, composing)
-    count, mean, m2 = _pooled(x, gathered)
-    var = m2 / count.clamp(min=1)
-    invstd = torch.rsqrt(var + eps)
-    if composing:
-        y = reference.normalize(x, mean, invstd, weight, bias, residual, mask, activation)[0]
-    else:
-        y = torch.ops.batchnorm.shared_normalize(
-            x, mean, invstd, weight, bias, residual, mask, activation, count, eps, peers.name, peers.size, peers.rank
-        )[0]
-    if running.num_batches is not None:
-        running.num_batches.add_(1)
-    if running.mean is not None and running.var is not None:
-        update = reference.update_running if composing else torch.ops.batchnorm.update_running
-        with torch.no_grad():
-            update(running.mean, running.var, mean.detach(), var.detach(), count.detach(), *running[2:])
-    return y
 
+    peers: Peers
+    fused: bool
 
-def _outside_the_gradient(x: Tensor, mask: Tensor | None) -> Statistics:
-    return torch.ops.batchnorm.stats(x.detach(), mask)
+    def statistics(self, operators: Any, x: Tensor, mask: Tensor | None, *, refuse_single: bool) -> Statistics:
+        """count (), mean and m2 (C,) of the whole batch.
+
+        Raises SynchronizationError, and ShapeError for a single value where ``refuse_single``.
+        """
+        if self.fused:
+            gathered = all_gather(_packed(x, *operators.stats(x.detach(), mask)), self.peers)
+        else:
+            gathered = gather(_packed(x, *operators.stats(x, mask)), self.peers)
+        statistics = _pooled(x, gathered)
+        _check(x, mask, gathered, statistics[0], refuse_single)
+        return statistics
+
+    def normalize(self, x: Tensor, *arguments: Any) -> Tensor:
+        """The operator ``shared_normalize``, whose ``count`` is infinite where the statistics were not the batch's."""
+        return torch.ops.batchnorm.shared_normalize(x, *arguments, self.peers.name, self.peers.size, self.peers.rank)[0]
 
 
 def _packed(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor) -> Tensor:
-    header = (mean.new_full((1,), signature(x)), mean.new_full((1,), _positions(x)))
-    return torch.cat([*header, count.reshape(1), mean, m2])
+    return torch.cat([mean.new_full((1,), signature(x)), count.reshape(1), mean, m2])
 
 
 def _pooled(x: Tensor, gathered: Tensor) -> Statistics:
-    """The statistics of all parts together: count (), mean and m2 (C,)."""
-    _, count, mean, m2 = gathered.split([_HEADER, 1, x.size(1), x.size(1)], dim=1)
+    _, count, mean, m2 = gathered.split([1, 1, x.size(1), x.size(1)], dim=1)
     total, mean, m2 = pooled(count, mean, m2)
     return total.reshape(()), mean, m2
 
 
-def _positions(x: Tensor) -> int:
-    return x.size(0) * math.prod(x.shape[2:])
-
-
-def _check(x: Tensor, gathered: Tensor, composing: bool) -> None:
+def _check(x: Tensor, mask: Tensor | None, gathered: Tensor, count: Tensor, refuse_single: bool) -> None:
     """What only all ranks together can know. The values of a transform's tensors cannot be read: nothing is checked."""
-    if composing:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and reference.composing():
         return
-    # Where one rank has more than one position, all know that there are more: only the others look at the sum.
-    in_doubt = _positions(x) <= 1
-    if torch.compiler.is_compiling():
+    # A rank with several values knows that there are several: only the others look. Where there is but one, all do.
+    in_doubt = refuse_single and (mask is not None or x.size(0) * math.prod(x.shape[2:]) <= 1)
+    if compiling:
         torch._assert_async((gathered[:, 0] == signature(x)).all(), "the ranks disagree in channels or dtype")
         if in_doubt:
-            torch._assert_async(gathered[:, 1].sum() != 1, "Expected more than 1 value per channel when training")
+            torch._assert_async(count != 1, "Expected more than 1 value per channel when training")
         return
     if x.device.type == "cpu":  # elsewhere reading it would make the processor wait for the device at every step
         check_signatures(x, gathered[:, 0])
-    if in_doubt and gathered[:, 1].sum() == 1:
+    if in_doubt and count == 1:
         raise ShapeError(
             f"Expected more than 1 value per channel when training, got one on all ranks together, here {x.size()}"
         )
@@ -157,27 +123,24 @@ def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     x, mean, invstd, weight, bias, residual, sign, mask, count = ctx.saved_tensors
     peers = ctx.peers
-    # Without activation and mask the residual's gradient is `grad` itself.
-    same = ctx.activation == "none" and mask is None
-    want_residual = ctx.needs_input_grad[5] and not same
+    want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[5])
     affine = (weight, bias, residual, sign, mask, ctx.activation)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+        def whole(*own: Tensor) -> Statistics:
+            found, batch_mean, m2 = _pooled(x, gather(_packed(x, *own), peers))
+            batch_invstd = torch.rsqrt(m2 / found.clamp(min=1) + ctx.eps)
+            constant = count.isinf()
+            return count, torch.where(constant, mean, batch_mean), torch.where(constant, invstd, batch_invstd)
+
         dx, dweight, dbias, dresidual = differentiable_backward(
-            grad,
-            x,
-            affine,
-            ctx.eps,
-            want_residual,
-            pool=lambda *statistics: _pooled(x, gather(_packed(x, *statistics), peers)),
-            total=lambda sums: add_up(sums, peers),
+            grad, x, affine, ctx.eps, want_residual, whole=whole, total=lambda sums: add_up(sums, peers)
         )
     else:
         sums = torch.ops.batchnorm.grad_sums(grad, x, mean, invstd, *affine)
         # Whether or not dx is asked for here: another process may need these sums for its own.
-        sum_dz, sum_dz_xhat = all_reduce(torch.cat(sums), peers).split(x.size(1))
-        dx, dresidual = torch.ops.batchnorm.grad_input(
-            grad, x, mean, invstd, *affine, count, sum_dz, sum_dz_xhat, want_residual
-        )
+        totals = all_reduce(torch.cat(sums), peers).split(x.size(1))
+        dx, dresidual = torch.ops.batchnorm.grad_input(grad, x, mean, invstd, *affine, count, *totals, want_residual)
         dbias, dweight = sums
     return (
         dx,
@@ -185,7 +148,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         None,
         None if weight is None else dweight.to(weight.dtype),
         None if bias is None else dbias.to(bias.dtype),
-        (grad if same else dresidual).to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None,
+        residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[5]),
         *(None,) * 7,
     )
 
