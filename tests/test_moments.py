@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import batchnorm.moments.blocks as blocks
 import batchnorm.moments.operator as operator
 from batchnorm import DtypeError, InputError, ShapeError
-from batchnorm.moments import Moments, Scatter, as_tensor, bessel_factor
+from batchnorm.moments import Moments, Scatter, as_tensor, bessel_factor, pooled
 from oracles.moments import exact_moments, extended_scatter
 
 OFFSETS = st.sampled_from([0.0, 1.0, -1e4, 1e8])
@@ -237,6 +237,27 @@ def test_scatter_takes_positions_as_samples_and_leaves_out_incomplete_ones(
 def test_cov_is_exactly_symmetric() -> None:
     cov = Scatter.from_batch(torch.randn(101, 37) + 1e3).cov()
     assert torch.equal(cov, cov.T)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e8])
+def test_pooling_is_merging(offset):
+    """All at once, sets of any size, empty ones too, give what merging one after the other does."""
+    whole = torch.randn(40, 3, dtype=torch.float64) + offset
+    parts = [Moments.from_batch(part) for part in whole.split([7, 0, 1, 20, 12])]
+    count, mean, m2 = pooled(
+        *(torch.stack([getattr(part, name) for part in parts]) for name in ("count", "mean", "m2"))
+    )
+    merged = reduce(Moments.merge, parts)
+    # One float64 holds a mean of 1e8 to 1e-8.
+    torch.testing.assert_close(mean, merged.mean, rtol=1e-15, atol=1e-12)
+    torch.testing.assert_close(m2, merged.m2, rtol=1e-12 + 1e-15 * offset, atol=0)
+    assert torch.equal(count, merged.count)
+
+
+def test_pooling_nothing_gives_nothing():
+    zero = torch.zeros(4, 3, dtype=torch.float64)
+    for value in pooled(zero[:, :1], zero, zero):
+        assert torch.equal(value, torch.zeros_like(value))
 
 
 def test_dictionaries_and_devices() -> None:

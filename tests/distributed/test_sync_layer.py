@@ -269,3 +269,12 @@ def test_recomputation_in_checkpoints(rank):
         torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).pow(3).sum().backward()
         torch.testing.assert_close(x.grad, reference.grad[mine])
         torch.testing.assert_close(layer.state_dict(), one.state_dict())  # one batch, counted once
+
+
+@on_both_ranks
+def test_shapes_on_the_meta_device(rank):
+    layer = bn.nn.SyncBatchNorm(3, device="meta")
+    x = torch.empty(4 + rank, 3, 5, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape

@@ -73,9 +73,11 @@ def agree(x: Tensor, peers: Peers, group: Any, before: Agreements = _agreed) -> 
     The vectors that are gathered afterwards are as long as there are channels, and a backend to which processes give
     different lengths stops the program, hangs, or hands out memory that nobody wrote. So the first time a single number
     is exchanged, which is as long everywhere. ``before`` is what is known already; a layer has its own, so that it asks
-    at its own first use. Nothing is exchanged in what is traced or transformed.
+    at its own first use. Nothing is exchanged in what is traced or transformed, or on the meta device.
     """
-    if torch.compiler.is_compiling() or reference.composing() or x.size(1) in before.setdefault(group, set()):
+    if torch.compiler.is_compiling() or reference.composing() or x.is_meta:
+        return
+    if x.size(1) in before.get(group, ()):
         return
     own = torch.full((1,), signature(x), dtype=torch.float32, device=x.device)
     check_signatures(x, all_gather(own, peers).reshape(-1))
