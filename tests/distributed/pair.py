@@ -25,8 +25,8 @@ from typing import Any
 import pytest
 
 RANKS = 2
-COLLECTIVE = dt.timedelta(seconds=30)  # what a rank waits for the other
-BODY = 90.0  # seconds for a test's body, compilation included
+COLLECTIVE = dt.timedelta(seconds=60)  # what a rank waits for the other
+BODY = 120.0  # seconds for a test's body, compilation included
 
 
 class Pair:

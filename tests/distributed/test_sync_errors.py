@@ -55,6 +55,17 @@ def test_another_dtype(rank, earlier):
 
 
 @on_both_ranks
+def test_another_dtype_in_a_compiled_graph(rank):
+    layer = torch.compile(bn.nn.SyncBatchNorm(3), fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 3, dtype=torch.bfloat16 if rank else torch.float32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="the ranks disagree in channels or dtype"):
+        layer(x).sum().backward()
+    with pytest.raises(RuntimeError, match="the ranks disagree in channels or dtype"), torch.no_grad():
+        layer(x)
+    torch._dynamo.reset()
+
+
+@on_both_ranks
 def test_a_rank_that_leaves_the_layer_out(rank):
     group = distributed.new_group([0, 1], timeout=SOON)
     layer = bn.nn.SyncBatchNorm(3, process_group=group)

@@ -281,3 +281,22 @@ def test_gamma_and_beta_of_each_sample(rank):
     for tensor, whole_tensor in zip(tensors, reference, strict=True):
         torch.testing.assert_close(tensor.grad, part(whole_tensor.grad, rank, 2))
     torch.testing.assert_close(layer.state_dict(), one.state_dict())
+
+
+@on_both_ranks
+def test_nested_inputs(rank):
+    """Jagged batches: as one process with the rows of both ranks."""
+    rows = [torch.randn(length, 3, dtype=torch.float64) + length for length in (3, 1, 4, 2, 5)]
+    layer, one = sync_layer(activation="relu", dtype=torch.float64), bn.nn.BatchNorm1d(3, activation="relu").double()
+    one.load_state_dict(layer.state_dict())
+
+    def run(module, rows):
+        x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+        y = module(x)
+        y.values().pow(3).sum().backward()
+        return y.values(), x.grad.values()
+
+    found, expected = run(layer, part(rows, rank, 2)), run(one, rows)
+    for got, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(got, part(wanted, rank, 4))
+    torch.testing.assert_close(layer.state_dict(), one.state_dict())
