@@ -179,6 +179,17 @@ def test_a_group_that_is_not_here_is_missed_aloud(rank):
 
 
 @on_both_ranks
+def test_a_group_of_the_same_name_and_other_ranks_is_another(rank):
+    group = distributed.new_group([0, 1])
+    state = bn.nn.SyncBatchNorm(3, process_group=group).__getstate__()
+    assert state["process_group"] == (group.group_name, (0, 1))
+    twin = bn.nn.SyncBatchNorm(3)
+    twin.__setstate__({**state, "process_group": state["process_group"]._replace(ranks=(0, 1, 2, 3))})
+    with pytest.raises(bn.SynchronizationError, match=r"of ranks \[0, 1, 2, 3\]"):
+        twin(torch.randn(4, 3) + rank)
+
+
+@on_both_ranks
 def test_only_training_talks(rank):
     """Eval and no running statistics: what one rank does alone must not wait for the other."""
     layers = [trained(bn.nn.SyncBatchNorm(3)), bn.nn.SyncBatchNorm(3, track_running_stats=False)]
