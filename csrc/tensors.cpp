@@ -183,6 +183,9 @@ double value_at(const void* data, DType dtype, int64_t index) {
 }
 
 Tensor fresh_vector(int64_t size, ScalarType dtype) { return fresh_tensor({size}, {1}, dtype); }
+Tensor fresh_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  return fresh_tensor({rows, columns}, {columns, 1}, dtype);
+}
 
 Tensor statistics(const std::vector<double>& values) {
   const auto size = static_cast<int64_t>(values.size()) - kPadding;

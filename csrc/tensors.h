@@ -62,6 +62,7 @@ double scalar(const Tensor& tensor, const char* name);
 double value_at(const void* data, DType dtype, int64_t index);
 
 Tensor fresh_vector(int64_t size, ScalarType dtype);
+Tensor fresh_matrix(int64_t rows, int64_t columns, ScalarType dtype);
 Tensor statistics(const std::vector<double>& values);
 Tensor statistic(double value);
 // A vector of the parameter's type, or of doubles where there is no parameter.

@@ -29,6 +29,7 @@ def arguments(name: str, activation: str = "relu", residual: bool = False, dtype
     invstd = torch.rsqrt(m2 / count + 1e-5).requires_grad_(grad)
     sign = OPS.normalize(x.detach(), mean, invstd.detach(), weight.detach(), bias, extra, mask, activation)[1].detach()
     sign = sign if sign.numel() else None
+    saved_of_ghosts = OPS.ghost_forward(*plain(x, weight, bias, extra, mask), 2, 2, 1e-5, activation)[1]
     saved = (dy, x, mean, invstd, weight, bias, None if sign is not None else extra, sign, mask, activation)
     return {
         "stats": (x, mask),
@@ -39,6 +40,9 @@ def arguments(name: str, activation: str = "relu", residual: bool = False, dtype
         # No gradient of its own: a second derivative goes through grad_sums and grad_input.
         "train_backward": plain(*saved, count, residual),
         "update_running": (torch.zeros(3), torch.ones(3), mean, m2 / count, count, 0.1, None, 1),
+        "ghost_forward": (x, weight, bias, extra, mask, 2, 2, 1e-5, activation),
+        "ghost_backward": plain(dy, x, saved_of_ghosts, weight, bias, *saved[6:8], mask, 2, activation, residual),
+        "ghost_update": (torch.zeros(3), torch.ones(3), saved_of_ghosts, 0.1, None, 1),
         "infer": plain(x, torch.randn(3), torch.rand(3), weight, bias, extra, mask, 1e-5, activation),
         "train_step": plain(
             x, weight, bias, extra, mask, torch.zeros(3), torch.ones(3), 1e-5, 0.1, None, 1, activation
@@ -58,7 +62,9 @@ def test_opcheck(name, residual):
     opcheck(getattr(OPS, name), arguments(name, residual=residual))
 
 
-@pytest.mark.parametrize("name", ["normalize", "train_forward", "grad_input", "train_backward"])
+@pytest.mark.parametrize(
+    "name", ["normalize", "train_forward", "ghost_forward", "grad_input", "train_backward", "ghost_backward"]
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -71,7 +77,7 @@ def test_opcheck(name, residual):
 )
 def test_outputs_have_the_strides_of_empty_like(name, layout):
     args = list(arguments(name, grad=False))
-    at = 0 if name in ("normalize", "train_forward") else 1
+    at = 0 if name in ("normalize", "train_forward", "ghost_forward") else 1
     args[at] = layout(args[at])
     result = getattr(OPS, name)(*args)
     assert result[0].stride() == torch.empty_like(args[at]).stride()
@@ -79,7 +85,7 @@ def test_outputs_have_the_strides_of_empty_like(name, layout):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("name", ["stats", "normalize", "train_forward", "grad_sums", "grad_input"])
+@pytest.mark.parametrize("name", ["stats", "normalize", "train_forward", "ghost_forward", "grad_sums", "grad_input"])
 def test_gradients_of_the_operators(name, residual, activation):
     """Each operator's registered gradient against finite differences, statistics as arguments in their own right."""
     if name == "stats" and (residual or activation != "none"):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference
+from batchnorm.ops import ghost, reference
 from batchnorm.ops import registration as registration  # defines the namespace
 from batchnorm.ops.schema import NAMESPACE
 
@@ -86,6 +86,32 @@ def update(
         if running_mean is not None and running_var is not None:
             move = _mover(running_var)
             move(running_mean, running_var, mean.detach(), var.detach(), count, momentum, num_batches, ddof)
+
+
+def update_in_order(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches: Tensor | None,
+    saved: Tensor,
+    momentum: float | None,
+    ddof: int,
+) -> None:
+    """:func:`update` for the ghosts of a batch, one after the other; ``saved`` is that of :mod:`batchnorm.ops.ghost`.
+
+    A ghost without a real value is none: as if what is masked were not there.
+    """
+    inside = torch.compiler.is_compiling()
+    if inside:
+        again = torch.ops.batchnorm.recomputing(saved)
+        saved = torch.cat([saved[:, :-1], torch.where(again, 0, saved[:, -1:])], 1)
+    elif in_backward():
+        return
+    with torch.no_grad():
+        if num_batches is not None:
+            num_batches.add_((saved[:, -1] > 0).sum())
+        if running_mean is not None and running_var is not None:
+            move = ghost.ghost_update if inside or reference.composing() else torch.ops.batchnorm.ghost_update
+            move(running_mean, running_var, saved, momentum, num_batches, ddof)
 
 
 def _mover(running: Tensor) -> Any:

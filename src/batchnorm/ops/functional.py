@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from batchnorm._checks import check_choice
-from batchnorm._errors import InputError
-from batchnorm.ops import averages, collectives, eager, per_sample, reference
+from batchnorm._errors import InputError, ShapeError
+from batchnorm.ops import averages, collectives, eager, ghost, per_sample, reference
 from batchnorm.ops.arguments import (
     check_eps,
     check_inference_weight,
@@ -21,6 +21,7 @@ from batchnorm.ops.arguments import (
     single_value,
 )
 from batchnorm.ops.averages import in_backward
+from batchnorm.ops.formulas import FORMULAS
 from batchnorm.ops.schema import ACTIVATIONS, statistics_dtype
 from batchnorm.ops.synchronized import Part
 
@@ -48,6 +49,7 @@ def batch_norm(
     on_single_value: OnSingleValue = "raise",
     inference_weight: float = 0.0,
     group: Any = None,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     r"""Normalize each channel over a batch of data, then scale, shift, add and activate.
 
@@ -89,6 +91,8 @@ def batch_norm(
         group: a ``torch.distributed`` process group. In training the batch is then what all its processes give, each
             its own part, perhaps none; all of them have to call, forward and backward. The gradients of weight and
             bias are those of the own part. None, or a group of one: this process's batch.
+        virtual_batch_size: in training, normalize each so many samples with their own statistics, as a batch each (see
+            :class:`batchnorm.nn.GhostBatchNorm1d`).
 
     Returns:
         y, with the shape and dtype of x.
@@ -125,6 +129,8 @@ def batch_norm(
             check_inference_weight(inference_weight)
         return _evaluate(input, running_mean, running_var, affine, real, eps, act, own_affine, inference_weight)
 
+    if group is not None and virtual_batch_size is not None:
+        raise InputError("expected group or virtual_batch_size, got both: a virtual batch lies in one process")
     peers = None if group is None else collectives.peers(group)
     values = input.size(0) * math.prod(input.shape[2:]) if real is None else real_values(real)
     if on_single_value != "raise":
@@ -135,7 +141,7 @@ def batch_norm(
     if peers is not None:
         collectives.agree(input, peers, group)
         # Which way must not depend on the data: all ranks have to go the same.
-        part = Part(peers, fused=not own_affine and _operators() is not reference)
+        part = Part(peers, fused=not own_affine and operators() is not FORMULAS)
         return _compose(input, running, affine, momentum, eps, real, act, ddof, on_single_value, own_affine, part)
     if values == 1:
         if on_single_value == "raise":
@@ -144,6 +150,10 @@ def batch_norm(
             running_mean = running_var = None
         return _evaluate(input, running_mean, running_var, affine, real, eps, act, own_affine)
 
+    if virtual_batch_size is not None:
+        cut = (virtual_batch_size, _number_of_ghosts(input, virtual_batch_size))
+        if cut[1] > 1:
+            return _train_ghosts(input, running, affine, momentum, eps, real, act, ddof, cut, own_affine)
     undecided = values is None and on_single_value != "raise"
     if own_affine or undecided:
         single = on_single_value if undecided else "raise"
@@ -155,7 +165,7 @@ def batch_norm(
             num_batches_tracked.add_(1 if values is not None or real is None else real.any())
         options = eager.Options(real, running[0], running[1], eps, momentum, running[2], ddof, act)
         return eager.train_step(input, weight, bias, residual, options)
-    y, count, mean, var, _, _ = _operators().train_forward(input, *affine, real, eps, act)
+    y, count, mean, var, _, _ = operators().train_forward(input, *affine, real, eps, act)
     averages.update(*running, mean, var, count, momentum, ddof, masked=real is not None)
     return y
 
@@ -186,11 +196,11 @@ def _evaluate(
         return torch.ops.batchnorm.infer(input, running_mean, running_var, *affine, mask, eps, activation)
     mean, var = _population(input, running_mean, running_var, eps)
     if inference_weight:
-        mean, var = per_sample.mixed_statistics(_operators(), input, mask, mean, var, inference_weight)
+        mean, var = per_sample.mixed_statistics(operators(), input, mask, mean, var, inference_weight)
     invstd = torch.rsqrt(var + eps)
     if own_affine or inference_weight:
-        return per_sample.normalize(_operators(), input, mean, invstd, *affine, mask, activation)
-    return _operators().normalize(input, mean, invstd, *affine, mask, activation)[0]
+        return per_sample.normalize(operators(), input, mean, invstd, *affine, mask, activation)
+    return operators().normalize(input, mean, invstd, *affine, mask, activation)[0]
 
 
 def _population(
@@ -222,11 +232,11 @@ def _compose(
     That is gamma and beta of each sample, the policy for a single value where only the device knows the count, and a
     batch of which input is a part.
     """
-    operators = _operators()
+    ops = operators()
     if part is None:
-        count, mean, m2 = operators.stats(input, mask)
+        count, mean, m2 = ops.stats(input, mask)
     else:
-        count, mean, m2 = part.statistics(operators, input, mask, refuse_single=on_single_value == "raise")
+        count, mean, m2 = part.statistics(ops, input, mask, refuse_single=on_single_value == "raise")
     var = m2 / count.clamp(min=1)
     averaged, mean_used, var_used, shared_by = count, mean, var, count
     if on_single_value != "raise":
@@ -242,8 +252,41 @@ def _compose(
     if part is not None and part.fused:
         return part.normalize(input, mean_used, invstd, *affine, mask, activation, shared_by, eps)
     if own_affine:
-        return per_sample.normalize(operators, input, mean_used, invstd, *affine, mask, activation)
-    return operators.normalize(input, mean_used, invstd, *affine, mask, activation)[0]
+        return per_sample.normalize(ops, input, mean_used, invstd, *affine, mask, activation)
+    return ops.normalize(input, mean_used, invstd, *affine, mask, activation)[0]
+
+
+def _train_ghosts(
+    input: Tensor,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    affine: Affine,
+    momentum: float | None,
+    eps: float,
+    mask: Tensor | None,
+    activation: str,
+    ddof: int,
+    cut: tuple[int, int],
+    own_affine: bool,
+) -> Tensor:
+    """Virtual batches; ``cut`` is their size and number."""
+    if own_affine:
+        saved = ghost.statistics(input, mask, *cut, eps)
+        mean, invstd = ghost.of_samples(saved, cut[0], input)
+        y = per_sample.normalize(operators(), input, mean, invstd, *affine, mask, activation)
+    else:
+        y, saved, _ = operators().ghost_forward(input, *affine, mask, *cut, eps, activation)
+    averages.update_in_order(*running, saved.detach(), momentum, ddof)
+    return y
+
+
+def _number_of_ghosts(x: Tensor, size: int) -> int:
+    if size < 1:
+        raise InputError(f"expected virtual_batch_size of 1 or more, got {size}")
+    if size * math.prod(x.shape[2:]) == 1 and x.size(0) > 0:
+        raise ShapeError(
+            f"Expected more than 1 value per channel when training, got virtual batches of 1 from input size {x.size()}"
+        )
+    return ghost.number_of(x, size)
 
 
 def _plain_eager() -> bool:
@@ -251,7 +294,7 @@ def _plain_eager() -> bool:
     return not torch.compiler.is_compiling() and not reference.composing()
 
 
-def _operators() -> Any:
-    """The registered operators, or the reference itself where only plain torch functions will do."""
+def operators() -> Any:
+    """The registered operators, or their formulas where only plain torch functions will do."""
     # While torch.compile traces, the operators' own vmap and gradient rules are used.
-    return reference if not torch.compiler.is_compiling() and reference.composing() else torch.ops.batchnorm
+    return FORMULAS if not torch.compiler.is_compiling() and reference.composing() else torch.ops.batchnorm

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference
+from batchnorm.ops import ghost, reference
 from batchnorm.ops.schema import needs_residual
 
 
@@ -47,11 +47,14 @@ def _normalize_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     kept = ctx.saved_tensors  # once: torch.utils.checkpoint gives them out no second time
     _, _, invstd, weight, bias, _, _, mask = kept
     saved = (grad, *kept, ctx.activation)
-    sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(*saved)
     # Constant statistics add nothing to dx: sums of zero, of which the count does not matter.
     zero, one = torch.zeros_like(invstd), invstd.new_ones(())
     want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[5])
     dx, dresidual = torch.ops.batchnorm.grad_input(*saved, one, zero, zero, want_residual)
+    dresidual = residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[5])
+    if not any(ctx.needs_input_grad[1:5]):  # frozen: the sums would be a pass over the data for nothing
+        return dx, None, None, None, None, dresidual, None, None
+    sum_dz, sum_dz_xhat = torch.ops.batchnorm.grad_sums(*saved)
     gamma = 1 if weight is None else weight.to(invstd.dtype)
     dmean = -gamma * invstd * sum_dz
     dinvstd = gamma * sum_dz_xhat / invstd
@@ -61,7 +64,7 @@ def _normalize_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         dinvstd,
         None if weight is None else sum_dz_xhat.to(weight.dtype),
         None if bias is None else sum_dz.to(bias.dtype),
-        residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[5]),
+        dresidual,
         None,
         None,
     )
@@ -98,6 +101,39 @@ def _train_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         None,
         None,
         None,
+    )
+
+
+def _ghost_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, residual, mask, size, ghosts, eps, activation = inputs
+    _, saved, sign = output
+    ctx.mark_non_differentiable(saved, sign)
+    ctx.set_materialize_grads(False)
+    ctx.cut, ctx.eps, ctx.activation = (size, ghosts), eps, activation
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    kept = residual if needs_residual(activation) else None
+    ctx.save_for_backward(x, saved, weight, bias, kept, sign, mask)
+
+
+def _ghost_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 9
+    x, saved, weight, bias, residual, sign, mask = ctx.saved_tensors
+    want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[3])
+    size, ghosts = ctx.cut
+    rest = (weight, bias, residual, sign, mask, size, ctx.activation, want_residual)
+    if torch.is_grad_enabled():
+        # Someone will differentiate this: the statistics must depend on x, and the reference is differentiable.
+        saved = ghost.statistics(x, mask, size, ghosts, ctx.eps)
+        dx, dweight, dbias, dresidual = ghost.ghost_backward(grad, x, saved, *rest)
+    else:
+        dx, dweight, dbias, dresidual = torch.ops.batchnorm.ghost_backward(grad, x, saved, *rest)
+    return (
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[3]),
+        *(None,) * 5,
     )
 
 
@@ -186,6 +222,7 @@ GRADIENTS: dict[str, tuple[Callable[..., None], Callable[..., tuple[Any, ...]]]]
     "stats": (_stats_context, _stats_backward),
     "normalize": (_normalize_context, _normalize_backward),
     "train_forward": (_train_context, _train_backward_rule),
+    "ghost_forward": (_ghost_context, _ghost_backward_rule),
     "grad_sums": _by_reference("grad_sums"),
     "grad_input": _by_reference("grad_input"),
 }

@@ -299,8 +299,8 @@ def _batch_axes(x: Tensor) -> list[int]:
 
 
 def _row(channels: Tensor, x: Tensor) -> Tensor:
-    """A (C,) vector shaped so that it broadcasts over x."""
-    return channels.reshape([1, -1] + [1] * (x.dim() - 2))
+    """A (C,) vector, or one for each sample (N, C), shaped so that it broadcasts over x."""
+    return channels.reshape([*(channels.shape[:-1] or [1]), channels.size(-1)] + [1] * (x.dim() - 2))
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:

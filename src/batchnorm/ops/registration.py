@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchnorm.ops import reference
+from batchnorm.ops import ghost, reference
 from batchnorm.ops.fakes import FAKES
 from batchnorm.ops.gradients import GRADIENTS
 from batchnorm.ops.schema import NAMESPACE, SCHEMAS
@@ -51,6 +51,16 @@ def _grad_input(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _train_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     dx, dweight, dbias, dresidual = reference.train_backward(grad, x, *rest)
+    return _laid_out(x, dx), dweight, dbias, _residual_laid_out(x, dresidual)
+
+
+def _ghost_forward(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    y, saved, sign = ghost.ghost_forward(x, *rest)
+    return _laid_out(x, y), saved, sign
+
+
+def _ghost_backward(grad: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    dx, dweight, dbias, dresidual = ghost.ghost_backward(grad, x, *rest)
     return _laid_out(x, dx), dweight, dbias, _residual_laid_out(x, dresidual)
 
 
@@ -104,6 +114,9 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "grad_input": _grad_input,
     "train_backward": _train_backward,
     "update_running": reference.update_running,
+    "ghost_forward": _ghost_forward,
+    "ghost_backward": _ghost_backward,
+    "ghost_update": ghost.ghost_update,
     "infer": _infer,
     "train_step": _train_step,
     "train_step_backward": _train_step_backward,
@@ -119,7 +132,8 @@ def _register() -> None:
         if name in GRADIENTS:
             setup_context, backward = GRADIENTS[name]
             torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_library)
-        if name not in ("update_running", "train_step"):  # they change buffers: one of many models' has no meaning
+        # Those change buffers: one of many models' has no meaning.
+        if name not in ("update_running", "ghost_update", "train_step"):
             torch.library.register_vmap(qualified, _vmap_one_by_one(name), lib=_library)
 
 

@@ -32,6 +32,9 @@ The operators:
     dx for given sums, and dz as the residual's gradient where ``want_residual``.
 ``train_backward``
     ``grad_sums`` and ``grad_input`` in one call.
+``ghost_forward``, ``ghost_backward``, ``ghost_update``
+    ``train_forward``, ``train_backward`` and ``update_running`` for each virtual batch of ``size`` samples (see
+    :mod:`batchnorm.ops.ghost`).
 ``update_running``
     moves running_mean and running_var towards the batch's by ``momentum``, or by 1 / num_batches where momentum is
     None; nothing moves where count is 0.
@@ -66,6 +69,11 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "update_running": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count, "
     f"{_RUNNING}) -> ()",
+    "ghost_forward": f"(Tensor x, {_AFFINE}, Tensor? mask, int size, int ghosts, float eps, str activation)"
+    " -> (Tensor y, Tensor saved, Tensor sign)",
+    "ghost_backward": f"(Tensor grad, Tensor x, Tensor saved, {_AFFINE}, Tensor? sign, Tensor? mask, int size, "
+    "str activation, bool want_residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "ghost_update": f"(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor saved, {_RUNNING}) -> ()",
     "infer": f"(Tensor x, Tensor running_mean, Tensor running_var, {_AFFINE}, Tensor? mask, float eps, str activation)"
     " -> Tensor y",
     "train_step": f"(Tensor x, {_AFFINE}, Tensor? mask, Tensor(a!)? running_mean, Tensor(b!)? running_var, float eps, "

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from batchnorm.ops import native, reference
+from batchnorm.ops.formulas import FORMULAS
 
 EPS = 1e-5
 SHAPE = (8, 6, 5, 7)
@@ -105,7 +106,7 @@ class _Data:
 
 def _try_all(data: _Data, device: str, dtype: str, memory_format: str, note: str) -> list[Check]:
     operators = _results(torch.ops.batchnorm, data)
-    exact = _results(reference, data.widened())
+    exact = _results(FORMULAS, data.widened())
     peers = _torch_results(data)
     roundings = _roundings(data.x)
     checks = []
@@ -159,6 +160,10 @@ def _results(ops: object, data: _Data) -> dict[str, tuple[Tensor, ...]]:
     kept = torch.cat([mean, invstd, count.reshape(1)])
     forward = call("train_forward")(d.x, d.weight, d.bias, None, None, EPS, "none")
     masked = call("train_forward")(d.x, d.weight, d.bias, d.residual, d.mask, EPS, "relu")
+    ghosts = call("ghost_forward")(d.x, d.weight, d.bias, d.residual, d.mask, 3, 3, EPS, "silu")
+    cut = (d.weight, d.bias, d.residual, None, d.mask, 3, "silu", True)
+    averages = (torch.zeros_like(mean), torch.ones_like(var))
+    call("ghost_update")(*averages, ghosts[1], 0.1, None, 1)
     plain = (d.grad, d.x, mean, invstd, d.weight, d.bias, None, None, None, "none")
     return {
         "stats": call("stats")(d.x, None)[1:],
@@ -170,6 +175,9 @@ def _results(ops: object, data: _Data) -> dict[str, tuple[Tensor, ...]]:
         "grad_input": call("grad_input")(*saved, count, *sums, True),
         "train_backward": call("train_backward")(*plain, count, False)[:1],
         "update_running": running,
+        "ghost_forward + mask, residual, silu": ghosts[:2],
+        "ghost_backward + mask, residual, silu": call("ghost_backward")(d.grad, d.x, ghosts[1], *cut),
+        "ghost_update": averages,
         "infer": (call("infer")(d.x, mean, var, d.weight, d.bias, None, None, EPS, "relu"),),
         "train_step + residual, silu": step[:1],
         "train_step_backward + residual, silu": call("train_step_backward")(
