@@ -136,6 +136,62 @@ CASES = {
         (4, 3, 2, 5),
         (torch.contiguous_format, torch.channels_last),
     ),
+    "BatchRenorm1d": Case(bn.nn.BatchRenorm1d, lambda **kw: bn.nn.BatchRenorm1d(3, **kw), (6, 3)),
+    "BatchRenorm1d-clipped": Case(
+        bn.nn.BatchRenorm1d,
+        lambda **kw: bn.nn.BatchRenorm1d(3, r_max=1.1, d_max=0.1, activation="relu", **kw),
+        (4, 3, 5),
+    ),
+    "BatchRenorm2d-schedules": Case(
+        bn.nn.BatchRenorm2d,
+        lambda **kw: bn.nn.BatchRenorm2d(
+            3, r_max=bn.nn.LinearRamp(1, 3, 0, 4), d_max=bn.nn.LinearRamp(0, 5, 0, 4), warmup_steps=1, **kw
+        ),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "BatchRenorm3d": Case(
+        bn.nn.BatchRenorm3d,
+        lambda **kw: bn.nn.BatchRenorm3d(3, affine=False, **kw),
+        (3, 3, 2, 3, 2),
+        (torch.contiguous_format, torch.channels_last_3d),
+    ),
+    "GhostBatchNorm1d": Case(
+        bn.nn.GhostBatchNorm1d, lambda **kw: bn.nn.GhostBatchNorm1d(3, virtual_batch_size=2, **kw), (6, 3)
+    ),
+    "GhostBatchNorm1d-ragged": Case(
+        bn.nn.GhostBatchNorm1d,
+        lambda **kw: bn.nn.GhostBatchNorm1d(3, virtual_batch_size=3, momentum=None, activation="silu", **kw),
+        (8, 3, 5),
+    ),
+    "GhostBatchNorm2d": Case(
+        bn.nn.GhostBatchNorm2d,
+        lambda **kw: bn.nn.GhostBatchNorm2d(3, virtual_batch_size=2, activation="relu", **kw),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "GhostBatchNorm3d": Case(
+        bn.nn.GhostBatchNorm3d,
+        lambda **kw: bn.nn.GhostBatchNorm3d(3, virtual_batch_size=1, **kw),
+        (3, 3, 2, 3, 2),
+        (torch.contiguous_format, torch.channels_last_3d),
+    ),
+    "FrozenBatchNorm": Case(bn.nn.FrozenBatchNorm, lambda **kw: bn.nn.FrozenBatchNorm(3, **kw), (2, 3, 2, 1, 2, 3)),
+    "FrozenBatchNorm1d": Case(
+        bn.nn.FrozenBatchNorm1d, lambda **kw: bn.nn.FrozenBatchNorm1d(3, bias=False, **kw), (4, 3, 5)
+    ),
+    "FrozenBatchNorm2d": Case(
+        bn.nn.FrozenBatchNorm2d,
+        lambda **kw: bn.nn.FrozenBatchNorm2d(3, activation="relu", **kw),
+        (4, 3, 2, 5),
+        (torch.contiguous_format, torch.channels_last),
+    ),
+    "FrozenBatchNorm3d": Case(
+        bn.nn.FrozenBatchNorm3d,
+        lambda **kw: bn.nn.FrozenBatchNorm3d(3, affine=False, **kw),
+        (3, 3, 2, 3, 2),
+        (torch.contiguous_format, torch.channels_last_3d),
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
