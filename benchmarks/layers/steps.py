@@ -41,6 +41,19 @@ def our_module(case: Case) -> torch.nn.Module:
     return getattr(bn.nn, CLASSES[len(case.shape)])(case.shape[1], activation=activation)
 
 
+def family(case: Case) -> dict[str, torch.nn.Module]:
+    """Our other layers that a case may name."""
+    dims, features = CLASSES[len(case.shape)].removeprefix("BatchNorm"), case.shape[1]
+    activation = None if case.layer == BN else "relu"
+    return {
+        "ghost": getattr(bn.nn, f"GhostBatchNorm{dims}")(
+            features, virtual_batch_size=max(1, case.shape[0] // 4), activation=activation
+        ),
+        "renorm": getattr(bn.nn, f"BatchRenorm{dims}")(features, activation=activation),
+        "frozen": getattr(bn.nn, f"FrozenBatchNorm{dims}")(features, activation=activation),
+    }
+
+
 def data(case: Case) -> Tensor:
     """Random values in the case's memory order."""
     x = torch.randn(case.shape).to(case.dtype)
@@ -118,6 +131,9 @@ def candidates(case: Case, drivers: dict[str, onednn.Driver]) -> tuple[dict[str,
     notes: dict[str, str] = {}
     if "in place" in case.peers:
         timed["torch in place"] = step(case, torch_module(case, in_place=True), ours=False)
+    for name, module in family(case).items():
+        if name in case.peers:
+            timed[name] = step(case, module, ours=True)
     if "floor" in case.peers:
         timed["floor"] = floor(case)
     if "onednn" in case.peers:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import registration as registration  # defines the operators
-from batchnorm.ops.gradients import differentiable_backward
+from batchnorm.ops.gradients import differentiable_backward, ghost_gradients
 from batchnorm.ops.schema import needs_residual
 
 _train_step = torch.ops.batchnorm.train_step.default
@@ -78,3 +78,54 @@ class TrainStep(torch.autograd.Function):
 # Straight to the C++ of autograd functions: Function.apply would first look, argument by argument, for what torch.func
 # transforms leave behind, and the caller has made sure that none is under way.
 train_step = super(torch.autograd.Function, TrainStep).apply
+
+
+class GhostOptions(NamedTuple):
+    """What a step of virtual batches needs besides tensors that have gradients, in the order of the operator."""
+
+    mask: Tensor | None
+    size: int
+    ghosts: int
+    eps: float
+    activation: str
+
+
+class GhostStep(torch.autograd.Function):
+    """``ghost_forward`` with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, options: GhostOptions
+    ) -> tuple[Tensor, Tensor]:
+        """y, and the statistics of each ghost."""
+        y, saved, sign = torch.ops.batchnorm.ghost_forward.default(x, weight, bias, residual, *options)
+        ctx.options = options
+        ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)
+        kept = residual if needs_residual(options.activation) else None
+        ctx.save_for_backward(x, saved, weight, bias, kept, sign if sign.numel() else None)
+        return y, saved
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+        """Differentiable itself where it is asked to be."""
+        if grad is None:
+            return (None,) * 5
+        x, saved, weight, bias, residual, sign = ctx.saved_tensors
+        mask, size, ghosts, eps, activation = ctx.options
+        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+        same = activation == "none" and mask is None
+        affine = (weight, bias, residual, sign, mask)
+        dx, dweight, dbias, dresidual = ghost_gradients(
+            grad, x, saved, affine, (size, ghosts), eps, activation, need_residual and not same
+        )
+        return (
+            dx if need_x else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            (grad if same else dresidual) if need_residual else None,
+            None,
+        )
+
+
+ghost_step = super(torch.autograd.Function, GhostStep).apply

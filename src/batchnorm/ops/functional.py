@@ -273,6 +273,8 @@ def _train_ghosts(
         saved = ghost.statistics(input, mask, *cut, eps)
         mean, invstd = ghost.of_samples(saved, cut[0], input)
         y = per_sample.normalize(operators(), input, mean, invstd, *affine, mask, activation)
+    elif _plain_eager():
+        y, saved = eager.ghost_step(input, *affine, eager.GhostOptions(mask, *cut, eps, activation))
     else:
         y, saved, _ = operators().ghost_forward(input, *affine, mask, *cut, eps, activation)
     averages.update_in_order(*running, saved.detach(), momentum, ddof)

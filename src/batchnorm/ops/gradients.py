@@ -120,14 +120,10 @@ def _ghost_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         return (None,) * 9
     x, saved, weight, bias, residual, sign, mask = ctx.saved_tensors
     want_residual = wants_residual(ctx.activation, mask, ctx.needs_input_grad[3])
-    size, ghosts = ctx.cut
-    rest = (weight, bias, residual, sign, mask, size, ctx.activation, want_residual)
-    if torch.is_grad_enabled():
-        # Someone will differentiate this: the statistics must depend on x, and the reference is differentiable.
-        saved = ghost.statistics(x, mask, size, ghosts, ctx.eps)
-        dx, dweight, dbias, dresidual = ghost.ghost_backward(grad, x, saved, *rest)
-    else:
-        dx, dweight, dbias, dresidual = torch.ops.batchnorm.ghost_backward(grad, x, saved, *rest)
+    affine = (weight, bias, residual, sign, mask)
+    dx, dweight, dbias, dresidual = ghost_gradients(
+        grad, x, saved, affine, ctx.cut, ctx.eps, ctx.activation, want_residual
+    )
     return (
         dx,
         None if weight is None else dweight,
@@ -135,6 +131,31 @@ def _ghost_backward_rule(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, .
         residual_gradient(ctx, grad, dresidual, want_residual, ctx.needs_input_grad[3]),
         *(None,) * 5,
     )
+
+
+def ghost_gradients(
+    grad: Tensor,
+    x: Tensor,
+    saved: Tensor,
+    affine: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    cut: tuple[int, int],
+    eps: float,
+    activation: str,
+    want_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``ghost_backward``, differentiable where it is asked to be.
+
+    ``affine`` is weight, bias, residual, sign, mask; ``cut`` the size and number of ghosts.
+    """
+    size, ghosts = cut
+    if torch.is_grad_enabled():
+        # The statistics must then depend on x, which saved ones do not; the reference is differentiable as it stands.
+        saved = ghost.statistics(x, affine[4], size, ghosts, eps)
+        return ghost.ghost_backward(grad, x, saved, *affine, size, activation, want_residual)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.batchnorm.ghost_backward(
+        grad, x, saved, *affine, size, activation, want_residual
+    )
+    return gradients
 
 
 def differentiable_backward(
