@@ -22,8 +22,6 @@ from batchnorm.ops import registration as registration  # defines the namespace
 from batchnorm.ops.schema import NAMESPACE
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
-
-
 _graph_task = torch._C._current_graph_task_id  # -1 where this thread executes none
 
 
@@ -79,10 +77,10 @@ def update(
         return
     with torch.no_grad():
         if num_batches is not None:
-            if again is None and not masked:
-                num_batches.add_(1)
+            if masked:
+                num_batches.add_(count > 0)
             else:
-                num_batches.add_(count > 0 if masked or again is None else ~again)
+                num_batches.add_(1 if again is None else ~again)
         if running_mean is not None and running_var is not None:
             move = _mover(running_var)
             move(running_mean, running_var, mean.detach(), var.detach(), count, momentum, num_batches, ddof)
