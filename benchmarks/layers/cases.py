@@ -21,7 +21,7 @@ class Case:
 
     Attributes:
         peers: which candidates run beside torch's and ours: "floor", "onednn", "in place", "compiled", and our "ghost"
-            (virtual batches of a quarter of the batch), "renorm" and "frozen".
+            (virtual batches of a quarter of the batch), "renorm", "frozen" and "masked" (a fifth is padding).
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ def _others(quick: bool) -> Iterator[Case]:
             yield Case(shape, layout, dtype=torch.bfloat16, part="bfloat16")
     for shape in CONV[1:2] if quick else (*CONV[:2], (128, 512, 7, 7), (4096, 1024), (256, 100)):
         for layout in layouts(shape):
-            yield Case(shape, layout, peers=frozenset({"ghost", "renorm", "frozen"}), part="family")
+            yield Case(shape, layout, peers=frozenset({"ghost", "renorm", "frozen", "masked"}), part="family")
     for shape in CONV[1:2] if quick else (*CONV[:2], CONV[3], (128, 512, 7, 7), (256, 100)):
         for layout in layouts(shape):
             yield Case(shape, layout, training=False, part="inference")

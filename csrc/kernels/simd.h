@@ -282,12 +282,48 @@ inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
 inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
   return (vl)vmovl_u32(vget_low_u32(vmovl_u16(pairs_of(load_bytes<uint16_t>(mask, count))))) != 0;
 }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return (vi)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(load_bytes<int64_t>(mask, count))) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  return (vl)_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(load_bytes<int32_t>(mask, count))) != 0;
+}
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+inline __m128i pairs_of(int32_t bytes) { return _mm_unpacklo_epi8(_mm_cvtsi32_si128(bytes), _mm_setzero_si128()); }
+inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
+  return (vi)_mm_unpacklo_epi16(pairs_of(load_bytes<int32_t>(mask, count)), _mm_setzero_si128()) != 0;
+}
+inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
+  const __m128i zero = _mm_setzero_si128();
+  return (vl)_mm_unpacklo_epi32(_mm_unpacklo_epi16(pairs_of(load_bytes<uint16_t>(mask, count)), zero), zero) != 0;
+}
 #else
 inline vi lanes_real(const uint8_t* mask, int64_t count, vf) {
   return __builtin_convertvector(load_bytes<vb>(mask, count), vi) != 0;
 }
 inline vl lanes_real(const uint8_t* mask, int64_t count, vd) {
   return __builtin_convertvector(load_bytes<vbh>(mask, count), vl) != 0;
+}
+#endif
+
+// v in those lanes, and `other` elsewhere.
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline uint32_t bits_real(const uint8_t* mask, int64_t count, int lanes) {
+  const auto inside = static_cast<__mmask16>((1u << (count < lanes ? count : lanes)) - 1);
+  const __m128i bytes = _mm_maskz_loadu_epi8(inside, mask);
+  return _mm_test_epi8_mask(bytes, bytes);
+}
+inline vf where_real(const uint8_t* mask, int64_t count, vf v, vf other) {
+  return (vf)_mm512_mask_mov_ps((__m512)other, static_cast<__mmask16>(bits_real(mask, count, W)), (__m512)v);
+}
+inline vd where_real(const uint8_t* mask, int64_t count, vd v, vd other) {
+  return (vd)_mm512_mask_mov_pd((__m512d)other, static_cast<__mmask8>(bits_real(mask, count, W / 2)), (__m512d)v);
+}
+#else
+template <class V>
+inline V where_real(const uint8_t* mask, int64_t count, V v, V other) {
+  return lanes_real(mask, count, v) ? v : other;
 }
 #endif
 
