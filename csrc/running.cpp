@@ -22,7 +22,7 @@ void move_running(const Tensor& running_mean, const Tensor& running_var, const s
                int64_t ddof) {
   STD_TORCH_CHECK(momentum || num_batches, "expected a momentum or num_batches, got neither");
   const double step = momentum ? *momentum : 1 / scalar(*num_batches, "num_batches");
-  if (!(step > 0)) return;
+  if (step == 0) return;
   // As the reference: no real value says nothing; too few for an unbiased variance, nothing about that.
   const auto freedom = count - static_cast<double>(ddof);
   if (count > 0) move(running_mean, mean, step, 1);

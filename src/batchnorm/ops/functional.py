@@ -110,6 +110,8 @@ def batch_norm(
     Source: Ioffe & Szegedy (2015), Algorithms 1 and 2. inference_weight: Summers & Dinneen (2020), "Four Things
     Everyone Should Know to Improve Batch Normalization", section 3.1.
     """
+    if input.dim() == 1 and input.numel() == 0:
+        return input.clone()  # as torch does: nothing at all has no channels to speak of
     own_affine = check_input(input, running_mean, running_var, weight, bias, training)
     if not 0 < eps < math.inf:
         check_eps(eps, training)

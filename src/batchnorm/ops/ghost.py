@@ -102,7 +102,7 @@ def ghost_update(
         raise ValueError("expected a momentum or num_batches, got neither")
     moves = ((running_mean, mean, count > 0), (running_var, var * bessel_factor(count, ddof), count > ddof))
     for running, batch, known in moves:
-        moves_it = known & (step > 0)
+        moves_it = known & (step != 0)
         kept = torch.where(moves_it, 1 - step, 1)
         from_here = kept.flip(0).cumprod(0).flip(0)  # prod over j >= i
         weight = step * torch.cat([from_here[1:], torch.ones_like(kept[:1])])

@@ -163,7 +163,7 @@ def update_running(
     for running, batch, known in moves:
         moved = (1 - step) * running.to(batch.dtype) + step * batch
         # Selected, not multiplied by zero: zero times NaN is NaN.
-        running.copy_(torch.where(known & (step > 0), moved, running.to(batch.dtype)))
+        running.copy_(torch.where(known & (step != 0), moved, running.to(batch.dtype)))
 
 
 def infer(
