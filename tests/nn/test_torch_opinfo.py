@@ -1,4 +1,4 @@
-"""Torch's own samples of ``nn.functional.batch_norm``, through our functional: values, gradients, running statistics."""
+"""Torch's own samples of ``nn.functional.batch_norm``, through our functional: values, gradients, averages."""
 
 from __future__ import annotations
 
