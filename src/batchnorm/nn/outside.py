@@ -149,7 +149,7 @@ class NormOutsideGradient(_WhiteningLayer):
         assert number is not None
         due = number % self.every == 0
         # Where nobody can be asked now, what is not due is computed and not used.
-        unknown = torch.compiler.is_compiling() or reference.composing()
+        unknown = x.is_meta or torch.compiler.is_compiling() or reference.composing()
         if not unknown and not due:
             number.add_(1)
             return

@@ -16,6 +16,7 @@ from batchnorm.nn.batch_norm import _BatchNormLayer
 from batchnorm.ops import functional
 from batchnorm.ops.arguments import check_input
 from batchnorm.ops.averages import in_backward
+from batchnorm.ops.exported import exporting
 
 Schedule = Callable[[Tensor], Tensor | float]
 
@@ -113,6 +114,8 @@ class _BatchRenormLayer(_BatchNormLayer):
         now = self.running_mean.detach().to(mean.dtype), self.running_var.detach().to(mean.dtype)
         step = self.num_batches_tracked
         compiling = torch.compiler.is_compiling()
+        if compiling and exporting():
+            return *now, step  # what is exported is not recomputed
         if self._averages().mean is None or not (compiling or in_backward()):
             return *now, step
         again = torch.ops.batchnorm.recomputing(mean) if compiling else torch.ones_like(step, dtype=torch.bool)

@@ -29,6 +29,24 @@ def activate(z: Tensor, activation: str) -> Tensor:
     raise ValueError(f"unknown activation {activation!r}")
 
 
+def activation_layer(activation: str) -> torch.nn.Module:
+    """The activation as torch's layer."""
+    match activation:
+        case "none":
+            return torch.nn.Identity()
+        case "relu":
+            return torch.nn.ReLU()
+        case "leaky_relu":
+            return torch.nn.LeakyReLU(LEAKY_SLOPE)
+        case "silu":
+            return torch.nn.SiLU()
+        case "gelu":
+            return torch.nn.GELU()
+        case "hardswish":
+            return torch.nn.Hardswish()
+    raise ValueError(f"unknown activation {activation!r}")
+
+
 def activation_slope(z: Tensor, activation: str) -> Tensor:
     """Its derivative. At a kink it is torch's choice: 0 for relu at 0; a NaN passes the gradient on."""
     match activation:

@@ -71,8 +71,9 @@ def update(
     """
     again = None
     if torch.compiler.is_compiling():
-        again = torch.ops.batchnorm.recomputing(mean)
-        count = torch.where(again, 0, count)
+        if not reference.composing():  # what is exported is not recomputed
+            again = torch.ops.batchnorm.recomputing(mean)
+            count = torch.where(again, 0, count)
     elif in_backward():
         return
     with torch.no_grad():
@@ -100,8 +101,9 @@ def update_in_order(
     """
     inside = torch.compiler.is_compiling()
     if inside:
-        again = torch.ops.batchnorm.recomputing(saved)
-        saved = torch.cat([saved[:, :-1], torch.where(again, 0, saved[:, -1:])], 1)
+        if not reference.composing():
+            again = torch.ops.batchnorm.recomputing(saved)
+            saved = torch.cat([saved[:, :-1], torch.where(again, 0, saved[:, -1:])], 1)
     elif in_backward():
         return
     with torch.no_grad():

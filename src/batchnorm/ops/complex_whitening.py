@@ -15,6 +15,7 @@ from torch import Tensor
 
 from batchnorm.ops import reference
 from batchnorm.ops.activations import activate
+from batchnorm.ops.reference import selected
 from batchnorm.ops.schema import statistics_dtype
 
 
@@ -26,11 +27,11 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """count, mean (C, 2) and biased covariance (C, 3), over real positions."""
-    real, imaginary = parts(_real(x, mask))  # selected first: NaN outside the mask must not reach the gradient
+    real, imaginary = parts(selected(x, mask))  # selected first: NaN outside the mask must not reach the gradient
     count, mean_r, m2_r = reference.stats(real, mask)
     _, mean_i, m2_i = reference.stats(imaginary, mask)
     products = (real - _row(mean_r, x)) * (imaginary - _row(mean_i, x))
-    cross = _real(products, mask).sum([0, *range(2, x.dim())])
+    cross = selected(products, mask).sum([0, *range(2, x.dim())])
     return count, torch.stack([mean_r, mean_i], -1), torch.stack([m2_r, m2_i, cross], -1) / count.clamp(min=1)
 
 
@@ -62,7 +63,7 @@ def normalize(
 
     mean, root, weight and bias have a leading (C,) or, one for each sample, (N, C).
     """
-    real, imaginary = (part - _row(mean[..., i], x) for i, part in enumerate(parts(_real(x, mask))))
+    real, imaginary = (part - _row(mean[..., i], x) for i, part in enumerate(parts(selected(x, mask))))
     for matrix in (root, weight):
         if matrix is not None:
             rr, ii, ri = (_row(entry.to(real.dtype), x) for entry in matrix.unbind(-1))
@@ -70,10 +71,10 @@ def normalize(
     if bias is not None:
         real, imaginary = (part + _row(bias[..., i].to(part.dtype), x) for i, part in enumerate((real, imaginary)))
     if residual is not None:
-        added = parts(_real(residual, mask))
+        added = parts(selected(residual, mask))
         real, imaginary = real + added[0], imaginary + added[1]
     dtype = x.real.dtype
-    real, imaginary = (_real(activate(part, activation), mask).to(dtype) for part in (real, imaginary))
+    real, imaginary = (selected(activate(part, activation), mask).to(dtype) for part in (real, imaginary))
     return torch.complex(real, imaginary)
 
 
@@ -81,8 +82,3 @@ def _row(channels: Tensor, x: Tensor) -> Tensor:
     """(C,) or (N, C), shaped so that it broadcasts over x."""
     leading = channels.shape if channels.dim() == 2 else (1, *channels.shape)
     return channels.reshape(*leading, *[1] * (x.dim() - 2))
-
-
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x with zeros where nothing real stands."""
-    return x if mask is None else torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype, device=x.device))

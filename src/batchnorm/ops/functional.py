@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, ShapeError
-from batchnorm.ops import averages, collectives, eager, ghost, per_sample, reference
+from batchnorm.ops import averages, collectives, eager, exported, ghost, per_sample, reference
 from batchnorm.ops.arguments import (
     check_eps,
     check_inference_weight,
@@ -167,6 +167,11 @@ def batch_norm(
             num_batches_tracked.add_(1 if values is not None or real is None else real.any())
         options = eager.Options(real, running[0], running[1], eps, momentum, running[2], ddof, act)
         return eager.train_step(input, weight, bias, residual, options)
+    if exported.exporting() and real is None and running_var is not None and momentum is not None and ddof == 1:
+        assert running_mean is not None
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return exported.batch_norm(input, running_mean, running_var, *affine, None, True, momentum, eps, act)
     y, count, mean, var, _, _ = operators().train_forward(input, *affine, real, eps, act)
     averages.update(*running, mean, var, count, momentum, ddof, masked=real is not None)
     return y
@@ -196,6 +201,11 @@ def _evaluate(
         )
     ):
         return torch.ops.batchnorm.infer(input, running_mean, running_var, *affine, mask, eps, activation)
+    if plain and exported.exporting():
+        assert running_mean is not None
+        assert running_var is not None
+        unused = 0.1  # torch's default momentum: the program is that of torch's layer to the letter
+        return exported.batch_norm(input, running_mean, running_var, *affine, mask, False, unused, eps, activation)
     mean, var = _population(input, running_mean, running_var, eps)
     if inference_weight:
         mean, var = per_sample.mixed_statistics(operators(), input, mask, mean, var, inference_weight)
@@ -301,4 +311,4 @@ def _plain_eager() -> bool:
 def operators() -> Any:
     """The registered operators, or their formulas where only plain torch functions will do."""
     # While torch.compile traces, the operators' own vmap and gradient rules are used.
-    return FORMULAS if not torch.compiler.is_compiling() and reference.composing() else torch.ops.batchnorm
+    return FORMULAS if reference.composing() else torch.ops.batchnorm

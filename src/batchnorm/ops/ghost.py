@@ -19,7 +19,7 @@ from torch import Tensor
 
 from batchnorm.moments import bessel_factor
 from batchnorm.ops import reference
-from batchnorm.ops.reference import _grad_z, _input_gradient, _real, _row, _x_hat
+from batchnorm.ops.reference import _grad_z, _input_gradient, _row, _x_hat, selected
 from batchnorm.ops.schema import statistics_dtype
 
 
@@ -29,8 +29,11 @@ def number_of(x: Tensor, size: int) -> int:
     The last is smaller where N is not divisible; but where it would have a single value a channel, of which no variance
     is to be had, it joins the one before.
     """
-    whole, rest = divmod(x.size(0), size)
-    return int(max(1, whole + (rest > 0 and rest * math.prod(x.shape[2:]) != 1)))
+    # Written for sizes that torch.compile knows as symbols, too.
+    whole, rest = x.size(0) // size, x.size(0) % size
+    if rest != 0 and rest * math.prod(x.shape[2:]) != 1:
+        whole = whole + 1
+    return max(1, whole)
 
 
 def ghost_forward(
@@ -114,12 +117,12 @@ def ghost_update(
 
 def statistics(x: Tensor, mask: Tensor | None, size: int, ghosts: int, eps: float) -> Tensor:
     """``saved``, as a differentiable function of x."""
-    wide = _real(x.to(statistics_dtype(x.device)), mask)
+    wide = selected(x.to(statistics_dtype(x.device)), mask)
     real = wide.new_ones(x.size(0), 1, *x.shape[2:]) if mask is None else mask.unsqueeze(1).to(wide.dtype)
     count = _of_ghosts(_summed(real), size, ghosts)
     n = count.clamp(min=1)
     mean = _of_ghosts(_summed(wide), size, ghosts) / n
-    centred = _real(wide - _row(_of_samples(mean, size, x), x), mask)
+    centred = selected(wide - _row(_of_samples(mean, size, x), x), mask)
     var = _of_ghosts(_summed(centred * centred), size, ghosts) / n
     return torch.cat([mean, var, torch.rsqrt(var + eps), count], 1)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import reference
+from batchnorm.ops.reference import selected
 
 
 def normalize(
@@ -35,8 +36,8 @@ def normalize(
     kept = x
     if mask is not None:
         # A mask is each sample's own, and all those channels would have to share one: zeros stand for it.
-        x = _real(x, mask)
-        residual = None if residual is None else _real(residual, mask)
+        x = selected(x, mask)
+        residual = None if residual is None else selected(residual, mask)
     y = operators.normalize(
         x.reshape(folded),
         row(mean),
@@ -47,7 +48,7 @@ def normalize(
         None,
         activation,
     )[0].reshape(shape)
-    return _laid_out(kept, y if mask is None else _real(y, mask))
+    return _laid_out(kept, y if mask is None else selected(y, mask))
 
 
 def mixed_statistics(
@@ -74,11 +75,6 @@ def _own_statistics(operators: Any, x: Tensor, mask: Tensor | None) -> tuple[Ten
     # The masks differ from sample to sample, so each of them is a batch of its own.
     count, mean, m2 = torch.vmap(reference.stats)(x.unsqueeze(1), mask.unsqueeze(1))
     return count.unsqueeze(1), mean, m2
-
-
-def _real(x: Tensor, mask: Tensor) -> Tensor:
-    """Selected, not multiplied: zero times NaN is NaN."""
-    return torch.where(mask.unsqueeze(1), x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _laid_out(x: Tensor, y: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ from batchnorm.ops.schema import needs_sign, runs, statistics_dtype
 
 def stats(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """count = sum 1; mean = 1/count sum x; m2 = sum (x - mean)^2, over real positions."""
-    x = _real(_wide(x), mask)
+    x = selected(_wide(x), mask)
     axes = _batch_axes(x)
-    count = (x.new_tensor(x.size(0) * math.prod(x.shape[2:])) if mask is None else mask.sum()).to(x.dtype)
+    # new_full: new_tensor would make a constant of a size that torch.export has been told is not one.
+    count = x.new_full((), x.size(0) * math.prod(x.shape[2:])) if mask is None else mask.sum().to(x.dtype)
     mean = x.sum(axes) / count.clamp(min=1)
-    centred = _real(x - _row(mean, x), mask)
+    centred = selected(x - _row(mean, x), mask)
     m2 = (centred * centred).sum(axes)
     return count, mean, m2
 
@@ -45,7 +46,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """x_hat = (x - mean) * invstd; y = activation(weight * x_hat + bias + residual)."""
     z = _preactivation(_x_hat(x, mean, invstd, mask), weight, bias, residual, mask)
-    y = _real(activate(z, activation), mask).to(x.dtype)
+    y = selected(activate(z, activation), mask).to(x.dtype)
     # Under a torch.func transform z has no memory to lay out; there the activation is differentiated as it stands.
     saved = needs_sign(activation, residual) and not composing()
     sign = _pack(z, x) if saved else x.new_empty(0, dtype=torch.uint8)
@@ -233,14 +234,14 @@ def _grad_z(
     mask: Tensor | None,
     activation: str,
 ) -> Tensor:
-    dz = _real(_wide(grad), mask)
+    dz = selected(_wide(grad), mask)
     if activation == "none":
         return dz
     if sign is not None and sign.numel() > 0:
         slope = kinked_slope(_unpack(sign, x), activation, dz)
     else:
         slope = activation_slope(_preactivation(x_hat, weight, bias, residual, mask), activation)
-    return _real(dz * slope, mask)
+    return selected(dz * slope, mask)
 
 
 def _sums(dz: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,7 +262,7 @@ def _input_gradient(
     n = count.clamp(min=1)
     dx = dz - _row(sum_dz / n, dz) - x_hat * _row(sum_dz_xhat / n, dz)
     scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-    return _real(dx * _row(scale, dz), mask)
+    return selected(dx * _row(scale, dz), mask)
 
 
 def _preactivation(
@@ -272,21 +273,26 @@ def _preactivation(
     if bias is not None:
         z = z + _row(bias.to(z.dtype), z)
     if residual is not None:
-        z = z + _real(residual.to(z.dtype), mask)
+        z = z + selected(residual.to(z.dtype), mask)
     return z
 
 
 def _x_hat(x: Tensor, mean: Tensor, invstd: Tensor, mask: Tensor | None) -> Tensor:
     x = _wide(x)
-    return _real((x - _row(mean, x)) * _row(invstd, x), mask)
+    return selected((x - _row(mean, x)) * _row(invstd, x), mask)
 
 
 def composing() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode derivative is under way.
+    """Whether only plain torch functions will do: for a torch.func transform, a forward-mode derivative, an export.
 
-    Operators with a registered gradient know reverse mode only. So while one of these is active the layers call this
-    module directly, whose plain torch functions every transform understands.
+    Operators with a registered gradient know reverse mode only, and an exported program runs where this package is not.
+    So while one of these is active the layers call this module directly, whose plain torch functions every transform
+    and every exporter understands.
     """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch._C._is_tracing():  # torch.jit.trace, and the older ONNX exporter
+        return True
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -303,7 +309,7 @@ def _row(channels: Tensor, x: Tensor) -> Tensor:
     return channels.reshape([*(channels.shape[:-1] or [1]), channels.size(-1)] + [1] * (x.dim() - 2))
 
 
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+def selected(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with zeros where nothing real stands; selected, because zero times NaN is NaN."""
     if mask is None:
         return x

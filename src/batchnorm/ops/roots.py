@@ -103,7 +103,10 @@ class Eigen:
 
     def _eigen(self, cov: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Eigenvalues, eigenvectors as columns, which of them are kept, and f."""
-        values, vectors = torch.linalg.eigh(cov)
+        if cov.size(-1) == 1:  # needs no decomposition, of which exporters know none
+            values, vectors = cov.squeeze(-1), torch.ones_like(cov)
+        else:
+            values, vectors = torch.linalg.eigh(cov)
         kept = values > self.tolerance * values[..., -1:]
         return values, vectors, kept, torch.where(kept, (values + self.eps).rsqrt(), 0)
 

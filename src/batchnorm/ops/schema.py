@@ -69,7 +69,7 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "update_running": "(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, Tensor count, "
     f"{_RUNNING}) -> ()",
-    "ghost_forward": f"(Tensor x, {_AFFINE}, Tensor? mask, int size, int ghosts, float eps, str activation)"
+    "ghost_forward": f"(Tensor x, {_AFFINE}, Tensor? mask, int size, SymInt ghosts, float eps, str activation)"
     " -> (Tensor y, Tensor saved, Tensor sign)",
     "ghost_backward": f"(Tensor grad, Tensor x, Tensor saved, {_AFFINE}, Tensor? sign, Tensor? mask, int size, "
     "str activation, bool want_residual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",

@@ -27,6 +27,7 @@ from batchnorm.ops.activations import activate
 from batchnorm.ops.arguments import real_values, single_value
 from batchnorm.ops.functional import OnSingleValue
 from batchnorm.ops.grouped import Groups
+from batchnorm.ops.reference import selected
 from batchnorm.ops.roots import Root
 from batchnorm.ops.schema import statistics_dtype
 
@@ -117,10 +118,10 @@ def identity(x: Tensor, group_size: int) -> Given:
 def statistics(x: Tensor, group_size: int, mask: Tensor | None) -> Batch:
     """Those of a batch, outside the gradient."""
     x = x.detach()
-    if torch.compiler.is_compiling() or operators.composing():
+    if x.is_meta or torch.compiler.is_compiling() or operators.composing():
         count, mean, _ = operators.stats(x, mask)
         return Batch(count, mean, _reference_cov(_groups(x, mean, mask, group_size), count))
-    with torch.no_grad(), _full_precision(x):
+    with torch.no_grad(), full_precision(x):
         return _statistics(x, group_size, mask)[0]
 
 
@@ -130,7 +131,7 @@ def whiten(
     """y = activation(z + residual), zero where the mask is False; and the batch's statistics unless they were given."""
     own = any(each is not None and each.dim() == 2 for each in (weight, bias))  # one for each sample
     inside = (None, None) if own else (weight, bias)
-    if torch.compiler.is_compiling() or operators.composing() or plan.single is not None:
+    if x.is_meta or torch.compiler.is_compiling() or operators.composing() or plan.single is not None:
         z, batch = reference(x, *inside, plan)
     else:
         z, *statistics = Whiten.apply(x, *inside, plan)
@@ -138,9 +139,9 @@ def whiten(
     if own:
         z = _affine(z, weight, bias)
     if residual is not None:
-        z = z + _real(residual, plan.mask)
+        z = z + selected(residual, plan.mask)
     # Selected at the end: the activation of beta need not be 0.
-    return _real(activate(z, activation), plan.mask), batch
+    return selected(activate(z, activation), plan.mask), batch
 
 
 def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan) -> tuple[Tensor, Batch | None]:
@@ -178,7 +179,7 @@ class Whiten(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan) -> Any:
         """Saves x and what is of the size of a covariance."""
-        with _full_precision(x):
+        with full_precision(x):
             if plan.given is None:
                 (count, mean, cov), groups = _statistics(x, plan.group_size, plan.mask)
                 matrix, saved = plan.root.solve(cov)
@@ -206,7 +207,7 @@ class Whiten(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_backward(grad, (x, weight, bias), ctx.needs_input_grad[:3], plan), None)
         dx = dweight = dbias = None
-        with _full_precision(x):
+        with full_precision(x):
             groups = Groups(x, plan.group_size, mean, mask)
             dz = groups.view(grad)
             if need_weight or need_bias or plan.given is None:
@@ -242,11 +243,14 @@ def _differentiable_backward(
     return [next(found) if needed else None for needed in needs]
 
 
-def _full_precision(x: Tensor) -> Any:
+def full_precision(x: Tensor) -> Any:
     """Out of autocast, which would round the factors of a product to half precision."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasting(x) else contextlib.nullcontext()
+
+
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on where x is; torch does not answer for the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _rows_times(weight: Tensor | None, matrices: Tensor) -> Tensor:
@@ -292,10 +296,6 @@ def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             own = coefficient.to(z.dtype)
             z = combine(z, own if own.dim() == 1 else own.expand(z.shape[:2])[(..., *[None] * (z.dim() - 2))])
     return z
-
-
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask.unsqueeze(1), x, 0)
 
 
 def _laid_out(x: Tensor, z: Tensor) -> Tensor:
