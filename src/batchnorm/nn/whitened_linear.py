@@ -157,8 +157,10 @@ class WhitenedLinear(torch.nn.Module):
             self._remember(x, mask)
         # Half precision would round between the two products.
         wide = torch.promote_types(x.dtype, torch.float32)
-        white = linear(x.to(wide) - self.center.to(wide), self.whitening.to(wide))
-        y = linear(white, self.weight.to(wide), None if self.bias is None else self.bias.to(wide)).to(x.dtype)
+        with whitening.full_precision(x):
+            white = linear(x.to(wide) - self.center.to(wide), self.whitening.to(wide))
+            y = linear(white, self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
+        y = y.to(_output_dtype(x))
         return y if mask is None else torch.where(mask.unsqueeze(-1), y, 0)
 
     def _remember(self, input: Tensor, mask: Tensor | None) -> None:
@@ -189,3 +191,10 @@ class WhitenedLinear(torch.nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"eps={self.eps}"
         )
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    """x's own, or under autocast that of a linear layer."""
+    if x.dtype != torch.float64 and whitening.autocasting(x):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

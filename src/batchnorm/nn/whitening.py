@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, ShapeError
 from batchnorm.nn.batch_norm import Averages, _BatchNormLayer
 from batchnorm.ops import whitening
+from batchnorm.ops.activations import activation_layer
 from batchnorm.ops.arguments import check_eps, check_input, check_residual
 from batchnorm.ops.functional import Activation, OnSingleValue
 from batchnorm.ops.roots import Eigen, Newton, Root, tolerance
@@ -86,6 +88,45 @@ class _WhiteningLayer(_BatchNormLayer):
         if self.running_cov is None:
             raise InputError("expected running statistics, got a layer made with track_running_stats=False")
         return self._population(self.running_cov).matrix
+
+    @torch.no_grad()
+    def to_affine(self, spatial_dims: int) -> torch.nn.Module:
+        """What eval computes, of plain layers with the numbers of now: y = activation(gamma W x + offset).
+
+        For deployment: a 1 x 1 convolution with a group for each group of channels, or for ``spatial_dims=0`` ((N, C)
+        input) a linear layer, and the activation after it. ONNX has no eigenvalues, so :class:`DecorrelatedBatchNorm`
+        is exported this way; quantizers know these layers. Of the dtype and device of the running statistics.
+
+        Args:
+            spatial_dims: of the input: 0 for (N, C), 1 for (N, C, L), 2 for (N, C, H, W), 3 for (N, C, D, H, W).
+
+        Raises:
+            InputError: (ValueError) another number of dimensions, or the layer has no running statistics.
+        """
+        check_choice("spatial_dims", spatial_dims, (0, 1, 2, 3))
+        if self.running_cov is None:
+            raise InputError("expected running statistics, got a layer made with track_running_stats=False")
+        given = self._population(self.running_cov)
+        wide = given.mean.dtype
+        matrix = given.matrix
+        if self.weight is not None:
+            matrix = self.weight.to(wide).reshape(-1, self.group_size, 1) * matrix
+        offset = -(matrix @ given.mean.reshape(-1, self.group_size, 1)).flatten()
+        if self.bias is not None:
+            offset = offset + self.bias.to(wide)
+        options: dict[str, Any] = {"device": self.running_cov.device, "dtype": self.running_cov.dtype}
+        channels = self.num_features
+        layer: torch.nn.Module
+        if spatial_dims == 0:
+            layer, weight = torch.nn.Linear(channels, channels, **options), torch.block_diag(*matrix)
+        else:
+            kind = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 1]
+            layer = kind(channels, channels, 1, groups=matrix.size(0), **options)
+            weight = matrix.reshape(channels, self.group_size, *[1] * spatial_dims)
+        layer.weight.copy_(weight)
+        assert layer.bias is not None
+        layer.bias.copy_(offset)
+        return layer if self.activation is None else torch.nn.Sequential(layer, activation_layer(self.activation))
 
     def _root(self, dtype: torch.dtype) -> Root:
         """How W is found of a covariance that was computed, or kept, in this dtype."""
