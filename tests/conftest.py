@@ -30,6 +30,15 @@ def promised_native() -> bool:
 
 
 @pytest.fixture
+def gpu() -> str:
+    """The device of tests marked ``cuda``; its absence fails where it was promised (BATCHNORM_REQUIRE_CUDA=1)."""
+    if not torch.cuda.is_available() and os.environ.get("BATCHNORM_REQUIRE_CUDA") != "1":
+        pytest.skip("no NVIDIA GPU here")
+    assert torch.cuda.is_available()
+    return "cuda"
+
+
+@pytest.fixture
 def library(promised_native: bool) -> Status:
     """The loaded C++ library with a kernel for every operator; its absence fails where it was promised."""
     status = native.status()

@@ -23,7 +23,7 @@ class Case:
 
 def materialised(layer: torch.nn.Module, *shape: int) -> torch.nn.Module:
     """A lazy layer after its first forward, which leaves no trace in eval."""
-    layer.eval()(torch.zeros(shape))
+    layer.eval()(torch.zeros(shape, device=layer.running_mean.device))
     return layer.train()
 
 

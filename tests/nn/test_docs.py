@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("page", "least"), [("layers.md", 10), ("whitening.md", 3)])
+@pytest.mark.parametrize(("page", "least"), [("layers.md", 10), ("whitening.md", 3), ("interoperability.md", 3)])
 def test_every_example_runs(page, least):
     path = DOCS / page
     text = path.read_text(encoding="utf-8")
