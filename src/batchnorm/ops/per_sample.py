@@ -48,7 +48,7 @@ def normalize(
         None,
         activation,
     )[0].reshape(shape)
-    return _laid_out(kept, y if mask is None else selected(y, mask))
+    return laid_out(kept, y if mask is None else selected(y, mask))
 
 
 def mixed_statistics(
@@ -77,11 +77,11 @@ def _own_statistics(operators: Any, x: Tensor, mask: Tensor | None) -> tuple[Ten
     return count.unsqueeze(1), mean, m2
 
 
-def _laid_out(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format."""
+def laid_out(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's memory format; as it is where torch looks inside, which has none."""
     if reference.composing():
         return y
     for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
             return y.contiguous(memory_format=memory_format)
-    return y
+    return y.contiguous()

@@ -27,6 +27,7 @@ from batchnorm.ops.activations import activate
 from batchnorm.ops.arguments import real_values, single_value
 from batchnorm.ops.functional import OnSingleValue
 from batchnorm.ops.grouped import Groups
+from batchnorm.ops.per_sample import laid_out
 from batchnorm.ops.reference import selected
 from batchnorm.ops.roots import Root
 from batchnorm.ops.schema import statistics_dtype
@@ -163,7 +164,7 @@ def reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, plan: Plan)
     z = (groups @ matrix.mT).transpose(0, 1).reshape(groups.size(1), x.size(1))
     z = _affine(z, weight, bias)
     z = z.reshape(x.size(0), *x.shape[2:], x.size(1)).movedim(-1, 1)
-    return _laid_out(x, z.to(x.dtype)), batch
+    return laid_out(x, z.to(x.dtype)), batch
 
 
 class Whiten(torch.autograd.Function):
@@ -296,13 +297,3 @@ def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             own = coefficient.to(z.dtype)
             z = combine(z, own if own.dim() == 1 else own.expand(z.shape[:2])[(..., *[None] * (z.dim() - 2))])
     return z
-
-
-def _laid_out(x: Tensor, z: Tensor) -> Tensor:
-    """z in x's memory format."""
-    if operators.composing():
-        return z
-    for dims, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-        if x.dim() == dims and x.is_contiguous(memory_format=memory_format) and not x.is_contiguous():
-            return z.contiguous(memory_format=memory_format)
-    return z.contiguous()
