@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <mutex>
@@ -124,7 +125,7 @@ class Kept {
   std::mutex mutex_;
   std::vector<Block> free_;
   int64_t total_ = 0;
-  int64_t most_ = limit();
+  std::atomic<int64_t> most_ = limit();  // asked for without the lock
 
   // An eighth of the machine's memory: more than the activations that a step on a CPU works with.
   static int64_t limit() {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import batchnorm as bn
+from nn.random_state import randomise
 
 PAIRS = [
     (bn.nn.BatchNorm1d, torch.nn.BatchNorm1d, (6, 3)),
@@ -31,15 +32,6 @@ classes = pytest.mark.parametrize(
     ("ours", "theirs"), sorted({(a, b) for a, b, _ in PAIRS}, key=repr), ids=["1d", "2d", "3d"]
 )
 options = pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS.keys())
-
-
-def randomise(layer):
-    """Values that hide no error: the defaults 0 and 1 do."""
-    with torch.no_grad():
-        for name, tensor in layer.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name or "weight" in name else -0.5))
-    return layer
 
 
 @pairs

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import batchnorm as bn
+from nn.random_state import randomise
 from oracles import batch_norm as oracle
 
 PAIRS = [
@@ -20,14 +21,6 @@ PAIRS = [
 ]
 pairs = pytest.mark.parametrize(("frozen", "theirs", "shape"), PAIRS, ids=["1d", "1d-L", "2d", "3d"])
 both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def randomise(layer):
-    with torch.no_grad():
-        for name, tensor in layer.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name or "weight" in name else -0.5))
-    return layer
 
 
 @pairs

@@ -11,6 +11,7 @@ import torch
 
 import batchnorm as bn
 from batchnorm.ops.formulas import FORMULAS
+from nn.random_state import randomise
 from oracles import batch_norm as oracle
 
 LAYERS = {
@@ -24,14 +25,6 @@ shapes = pytest.mark.parametrize(
     [((8, 3), 4), ((11, 3), 4), ((9, 3), 4), ((7, 3, 5), 3), ((5, 3, 2, 5), 2), ((3, 3, 2, 3, 2), 1)],
     ids=str,
 )
-
-
-def randomise(layer):
-    with torch.no_grad():
-        for name, tensor in layer.state_dict(keep_vars=True).items():
-            if tensor.is_floating_point():
-                tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name or "weight" in name else -0.5))
-    return layer
 
 
 def pair(shape, size, **kwargs):

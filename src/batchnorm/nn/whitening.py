@@ -85,9 +85,12 @@ class _WhiteningLayer(_BatchNormLayer):
         Raises:
             InputError: (ValueError) the layer has no running statistics.
         """
+        return self._population(self._known_cov()).matrix
+
+    def _known_cov(self) -> Tensor:
         if self.running_cov is None:
             raise InputError("expected running statistics, got a layer made with track_running_stats=False")
-        return self._population(self.running_cov).matrix
+        return self.running_cov
 
     @torch.no_grad()
     def to_affine(self, spatial_dims: int) -> torch.nn.Module:
@@ -104,9 +107,8 @@ class _WhiteningLayer(_BatchNormLayer):
             InputError: (ValueError) another number of dimensions, or the layer has no running statistics.
         """
         check_choice("spatial_dims", spatial_dims, (0, 1, 2, 3))
-        if self.running_cov is None:
-            raise InputError("expected running statistics, got a layer made with track_running_stats=False")
-        given = self._population(self.running_cov)
+        cov = self._known_cov()
+        given = self._population(cov)
         wide = given.mean.dtype
         matrix = given.matrix
         if self.weight is not None:
@@ -114,7 +116,7 @@ class _WhiteningLayer(_BatchNormLayer):
         offset = -(matrix @ given.mean.reshape(-1, self.group_size, 1)).flatten()
         if self.bias is not None:
             offset = offset + self.bias.to(wide)
-        options: dict[str, Any] = {"device": self.running_cov.device, "dtype": self.running_cov.dtype}
+        options: dict[str, Any] = {"device": cov.device, "dtype": cov.dtype}
         channels = self.num_features
         layer: torch.nn.Module
         if spatial_dims == 0:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchnorm.ops import registration as registration  # defines the operators
-from batchnorm.ops.gradients import differentiable_backward, ghost_gradients
+from batchnorm.ops.gradients import differentiable_backward, ghost_gradients, wants_residual
 from batchnorm.ops.schema import needs_residual
 
 _train_step = torch.ops.batchnorm.train_step.default
@@ -32,6 +32,19 @@ class Options(NamedTuple):
     num_batches: Tensor | None
     ddof: int
     activation: str
+
+
+def _asked_for(ctx: Any, grad: Tensor, gradients: tuple[Tensor, ...], computed: bool) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias and residual that autograd asked for; ``grad`` is a residual's not computed."""
+    need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
+    dx, dweight, dbias, dresidual = gradients
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        (dresidual if computed else grad) if need_residual else None,
+        None,
+    )
 
 
 class TrainStep(torch.autograd.Function):
@@ -57,22 +70,13 @@ class TrainStep(torch.autograd.Function):
         x, saved, weight, bias, *rest = ctx.saved_tensors
         residual, sign = rest or (None, None)
         options = ctx.options
-        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        # Without activation and mask the residual's gradient is `grad` itself: nothing to compute, nothing to store.
-        same = options.activation == "none" and options.mask is None
+        want_residual = wants_residual(options.activation, options.mask, ctx.needs_input_grad[3])
         affine = (weight, bias, residual, sign, options.mask, options.activation)
         if torch.is_grad_enabled():
-            gradients = differentiable_backward(grad, x, affine, options.eps, need_residual and not same)
+            gradients = differentiable_backward(grad, x, affine, options.eps, want_residual)
         else:
-            gradients = _train_step_backward(grad, x, saved, *affine, need_residual and not same)
-        dx, dweight, dbias, dresidual = gradients
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            (grad if same else dresidual) if need_residual else None,
-            None,
-        )
+            gradients = _train_step_backward(grad, x, saved, *affine, want_residual)
+        return _asked_for(ctx, grad, gradients, want_residual)
 
 
 # Straight to the C++ of autograd functions: Function.apply would first look, argument by argument, for what torch.func
@@ -113,19 +117,10 @@ class GhostStep(torch.autograd.Function):
             return (None,) * 5
         x, saved, weight, bias, residual, sign = ctx.saved_tensors
         mask, size, ghosts, eps, activation = ctx.options
-        need_x, need_weight, need_bias, need_residual, _ = ctx.needs_input_grad
-        same = activation == "none" and mask is None
+        want_residual = wants_residual(activation, mask, ctx.needs_input_grad[3])
         affine = (weight, bias, residual, sign, mask)
-        dx, dweight, dbias, dresidual = ghost_gradients(
-            grad, x, saved, affine, (size, ghosts), eps, activation, need_residual and not same
-        )
-        return (
-            dx if need_x else None,
-            dweight if need_weight else None,
-            dbias if need_bias else None,
-            (grad if same else dresidual) if need_residual else None,
-            None,
-        )
+        gradients = ghost_gradients(grad, x, saved, affine, (size, ghosts), eps, activation, want_residual)
+        return _asked_for(ctx, grad, gradients, want_residual)
 
 
 ghost_step = super(torch.autograd.Function, GhostStep).apply
