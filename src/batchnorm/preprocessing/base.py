@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from os import PathLike
 from typing import Any, Protocol, Self
 
@@ -13,9 +15,10 @@ from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from batchnorm._errors import DtypeError, InputError, ShapeError
+from batchnorm._errors import BatchnormError, DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments
-from batchnorm.preprocessing.inputs import Batch, give_back, read, read_weights, refuse_infinite
+from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
+from batchnorm.preprocessing.sources import Part, Source, is_stream, open_source
 
 Array = NDArray[Any]
 
@@ -44,9 +47,10 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Forget what was learned before and learn from ``X``.
 
-        ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars or nested lists. NaN is
-        missing and left out. ``y`` is ignored. ``sample_weight``: (N,), not negative; an integer weight is the same as
-        so many repetitions, zero as absence.
+        ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars or nested lists. Or a
+        stream of such batches: a path, a DataLoader, any iterable, a ``Source`` (see ``open_source``); a stream and a
+        memory map are read once, a part at a time. NaN is missing and left out. ``y`` is ignored. ``sample_weight``:
+        (N,), not negative; an integer weight is the same as so many repetitions, zero as absence.
 
         Raises InputError (infinite values, bad weights), ShapeError, DtypeError; the estimator is then as it was.
         """
@@ -155,6 +159,11 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _statistics(self, batch: Batch, weights: Tensor | None) -> Statistics:
         raise NotImplementedError
 
+    def _accumulate(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
+        """What ``stats`` (None for nothing) and the batch teach together; ``stats`` itself stays as it was."""
+        learned = self._statistics(batch, weights)
+        return learned if stats is None else stats.merge(learned)
+
     def _publish(self) -> None:
         """Set the learned attributes from ``_stats``."""
         raise NotImplementedError
@@ -191,9 +200,12 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             if afresh:
                 for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
                     delattr(self, name)
-            batch = read(self, X, reset=afresh)
-            stats = self._statistics(batch, read_weights(sample_weight, batch))
-            self._stats = stats if afresh else self._stats.merge(stats)
+            known = None if afresh else self._stats
+            if self._is_stream(X) or isinstance(X, np.memmap):
+                self._stats = self._learn_parts(open_source(X), sample_weight, known)
+            else:
+                batch = read(self, X, reset=afresh)
+                self._stats = self._accumulate(known, batch, read_weights(sample_weight, batch))
             self._publish()
             if complete:
                 self._complete()
@@ -202,13 +214,65 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise
         return self
 
+    def _is_stream(self, X: Any) -> bool:
+        # A list of arrays of two or more dimensions is one array of samples where samples have such shapes.
+        return is_stream(X) and not (self.channel_axis is not None and isinstance(X, (list, tuple)))
+
+    def _learn_parts(self, source: Source, sample_weight: Any, stats: Any) -> Any:
+        """What ``stats`` (None for nothing) and the parts of ``source`` teach together."""
+        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64).reshape(-1)
+        row, weighed = 0, False
+        for part in source:
+            rows = len(part.values)
+            if rows == 0:
+                continue
+            if weights is not None and len(weights) < row + rows:
+                raise ShapeError(f"sample_weight must have one weight a sample, got {len(weights)} for more samples")
+            with located(part):
+                batch = self._read_part(source, part, reset=stats is None)
+                own = part.weights if weights is None else weights[row : row + rows]
+                w = read_weights(own, batch, zeros=True)
+                stats = self._accumulate(stats, batch, w)
+            row += rows
+            weighed |= w is None or bool((w > 0).any())
+        if row == 0:
+            raise ShapeError(f"Found no samples in {source.label}: 0 sample(s) while a minimum of 1 is required.")
+        if weights is not None and len(weights) != row:
+            raise ShapeError(f"sample_weight must have one weight a sample, got {len(weights)} for {row} samples")
+        if not weighed:
+            raise InputError("sample weights must contain at least one non-zero number: all are zero")
+        return stats
+
+    def _read_part(self, source: Source, part: Part, *, reset: bool, **options: Any) -> Batch:
+        batch = read(self, part.values, reset=reset, first_row=part.row, **options)
+        if source.names is not None and options.get("check_names", True):
+            check_names(self, source.names, reset=reset)
+        return batch
+
     def _roll_back(self, before: dict[str, Any]) -> None:
         self.__dict__.clear()
         self.__dict__.update(before)
 
     def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
         check_is_fitted(self)
-        batch = read(self, X, reset=False, check_names=not inverse)
+        if self._is_stream(X):
+            return self._transform_parts(open_source(X), inverse)
+        return self._transform_batch(read(self, X, reset=False, **self._expected(inverse)), inverse, copy)
+
+    def _transform_parts(self, source: Source, inverse: bool) -> Iterator[Any]:
+        for part in source:
+            if len(part.values) == 0:
+                continue
+            with located(part):
+                batch = self._read_part(source, part, reset=False, **self._expected(inverse))
+                out = self._transform_batch(batch, inverse, None)
+            yield out
+
+    def _expected(self, inverse: bool) -> dict[str, Any]:
+        """How ``read`` is to check what is to be transformed."""
+        return {"check_names": not inverse}
+
+    def _transform_batch(self, batch: Batch, inverse: bool, copy: bool | None) -> Any:
         with torch.no_grad():
             out = self._map(batch, inverse, copy)
         return give_back(self, batch, out)
@@ -220,6 +284,17 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             raise InputError(
                 "Input X holds values too large: their range or their squares overflow float64; rescale the data"
             )
+
+
+@contextlib.contextmanager
+def located(part: Part) -> Iterator[None]:
+    """Name the file in an error that its part of the data causes."""
+    try:
+        yield
+    except BatchnormError as error:
+        if part.file is None:
+            raise
+        raise type(error)(f"{part.file}: {error}") from error
 
 
 def samples_seen(count: Tensor) -> int | float | Array:

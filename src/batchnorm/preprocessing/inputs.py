@@ -29,6 +29,7 @@ class Batch:
     source: Any
     axis: int
     writable: bool
+    first_row: int = 0  # of a part of a stream, for messages
 
     @property
     def num_channels(self) -> int:
@@ -57,7 +58,15 @@ class Batch:
         return statistic.to(self.values.device, torch.float64).view(shape)
 
 
-def read(estimator: Any, X: Any, *, reset: bool, check_names: bool = True, num_features: int | None = None) -> Batch:
+def read(
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    check_names: bool = True,
+    num_features: int | None = None,
+    first_row: int = 0,
+) -> Batch:
     """Validate ``X`` as scikit-learn does, in its words, and learn (``reset``) or check names and width.
 
     ``check_names=False`` and ``num_features`` are for the inverse, whose input has the width of the output.
@@ -81,7 +90,7 @@ def read(estimator: Any, X: Any, *, reset: bool, check_names: bool = True, num_f
                 f"X has {width} features, but {type(estimator).__name__} is expecting {expected} features as input"
             )
     writable = bool(array.flags.writeable) if isinstance(array, np.ndarray) else not X.requires_grad
-    return Batch(values, X, axis, writable)
+    return Batch(values, X, axis, writable, first_row)
 
 
 def _check_tensor(X: Tensor, channel_axis: int | None) -> Tensor:
@@ -144,8 +153,22 @@ def _channel_axis(channel_axis: int, ndim: int) -> int:
     return axis
 
 
-def read_weights(sample_weight: Any, batch: Batch) -> Tensor | None:
-    """``sample_weight`` as float64 of shape (N,): finite, not negative, not all zero."""
+def check_names(estimator: Any, names: Sequence[str], *, reset: bool) -> None:
+    """Learn (``reset``) the names of the features, or compare them with those that were learned."""
+    if reset:
+        estimator.feature_names_in_ = np.asarray(names, dtype=object)
+        return
+    learned = getattr(estimator, "feature_names_in_", None)
+    if learned is None or list(learned) == list(names):
+        return
+    missing, found = next((a, b) for a, b in zip(learned, names, strict=True) if a != b)
+    raise InputError(
+        f"the features must have the names and the order that were learned: expected {str(missing)!r}, got {found!r}"
+    )
+
+
+def read_weights(sample_weight: Any, batch: Batch, *, zeros: bool = False) -> Tensor | None:
+    """``sample_weight`` as float64 of shape (N,): finite, not negative, and unless ``zeros`` not all zero."""
     if sample_weight is None:
         return None
     rows = batch.values.shape[0]
@@ -166,8 +189,10 @@ def read_weights(sample_weight: Any, batch: Batch) -> Tensor | None:
     bad = ~(torch.isfinite(weights) & (weights >= 0))
     if bool(bad.any()):
         row = int(bad.nonzero()[0, 0])
-        raise InputError(f"sample_weight must be finite and not negative, got {float(weights[row])} for row {row}")
-    if not bool((weights > 0).any()):
+        raise InputError(
+            f"sample_weight must be finite and not negative, got {float(weights[row])} for row {batch.first_row + row}"
+        )
+    if not zeros and not bool((weights > 0).any()):
         raise InputError("sample weights must contain at least one non-zero number: all are zero")
     return weights.to(batch.values.device)
 
@@ -180,7 +205,7 @@ def refuse_infinite(estimator: Any, batch: Batch) -> None:
         infinite = torch.isinf(values)
         if bool(infinite.any()):
             index = [int(i) for i in infinite.nonzero()[0]]
-            row, column = index[0] + block.start, index[batch.axis]
+            row, column = batch.first_row + index[0] + block.start, index[batch.axis]
             names = getattr(batch.source, "columns", getattr(estimator, "feature_names_in_", None))
             label = f" ({str(names[column])!r})" if names is not None and column < len(names) else ""
             where = f"row {row}, column {column}{label}"

@@ -15,7 +15,7 @@ from batchnorm._errors import InputError
 from batchnorm.moments import Scatter
 from batchnorm.preprocessing.base import Array, Normalizer, samples_seen
 from batchnorm.preprocessing.decomposition import METHODS, Whitening, solve
-from batchnorm.preprocessing.inputs import Batch, give_back, read, refuse_infinite
+from batchnorm.preprocessing.inputs import Batch, give_back, refuse_infinite
 from batchnorm.preprocessing.modules import WhiteningModule
 from batchnorm.preprocessing.shrinkage import FourthMoments
 
@@ -221,10 +221,10 @@ class Whitener(Normalizer):
 
     # Using it
 
-    def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
-        check_is_fitted(self)
-        outputs = self._solve().whitening.shape[0] if inverse else None
-        batch = read(self, X, reset=False, check_names=not inverse, num_features=outputs)
+    def _expected(self, inverse: bool) -> dict[str, Any]:
+        return {"check_names": not inverse, "num_features": self._solve().whitening.shape[0] if inverse else None}
+
+    def _transform_batch(self, batch: Batch, inverse: bool, copy: bool | None) -> Any:
         refuse_infinite(self, batch)
         with torch.no_grad():
             out = self._map(batch, inverse, copy)
