@@ -41,8 +41,12 @@ format: $(INSTALLED) ## ruff: format and mend what it can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(INSTALLED) ## time the layers and estimators beside their peers (some minutes; leave the machine alone)
+bench: $(VENV)/.peers ## time the layers and estimators beside their peers (half an hour and 20 GB of disk; leave the machine alone)
 	$(BIN)/python -m benchmarks
+
+$(VENV)/.peers: requirements/bench.txt $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+	@touch $@
 
 sanitize: ## run the kernels under the address, undefined-behaviour and thread sanitizers
 	csrc/tests/run.sh

@@ -11,6 +11,7 @@ from __future__ import annotations
 from batchnorm.preprocessing.centering import MeanSubtractor
 from batchnorm.preprocessing.saving import load
 from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
+from batchnorm.preprocessing.sources import open_source
 from batchnorm.preprocessing.whitening import Whitener
 
-__all__ = ["MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load"]
+__all__ = ["MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load", "open_source"]
