@@ -89,8 +89,8 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> Any:
         """Normalize ``X`` with what was learned; the result is of the kind, dtype and shape of ``X``. NaN stays NaN.
 
-        Gradients don't flow through this, see ``to_module``. Raises InputError (infinite values), ShapeError,
-        DtypeError, scikit-learn's NotFittedError.
+        Of a stream (see ``fit``) it is an iterator of transformed batches. Gradients don't flow through this, see
+        ``to_module``. Raises InputError (infinite values), ShapeError, DtypeError, scikit-learn's NotFittedError.
         """
         return self._transform(X, inverse=False, copy=None)
 
