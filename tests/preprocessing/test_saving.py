@@ -16,8 +16,10 @@ import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
-from batchnorm import OutputError, StatisticsFileError
+from batchnorm import InputError, OutputError, StatisticsFileError, preprocessing
 from batchnorm.preprocessing import MeanSubtractor, MinMaxScaler, StandardScaler, Whitener, load
+from batchnorm.preprocessing.base import Normalizer
+from batchnorm.preprocessing.saving import SAVED_CLASSES, from_bytes, to_bytes
 
 X = np.random.default_rng(0).standard_normal((40, 3)) @ np.array([[1, 0.5, 0], [0, 1, 0.2], [0, 0, 2.0]]) + 1e4
 ESTIMATORS = [
@@ -132,6 +134,9 @@ def rewritten(path: Path, change: dict[str, Any]) -> None:
         ),
         ({"parameters": {"nonsense": 1}}, "does not describe a fitted estimator"),
         ({"features": 5}, "does not describe a fitted estimator"),
+        ({"parameters": None}, "does not describe a fitted estimator"),
+        ({"feature_names": 3}, "does not describe a fitted estimator"),
+        ({"estimator": ["StandardScaler"]}, r"holds a \['StandardScaler'\], expected one of"),
     ],
 )
 def test_whole_files_of_something_else(change: dict[str, Any], text: str, tmp_path: Path) -> None:
@@ -171,3 +176,32 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         StandardScaler().fit(X + 1).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["stats"]
+
+
+def test_bytes_are_what_the_file_holds(tmp_path: Path) -> None:
+    fitted = StandardScaler().fit(X)
+    fitted.save(tmp_path / "stats")
+    data = (tmp_path / "stats").read_bytes()
+    for written in (data, to_bytes(fitted)):  # safetensors orders its metadata as it likes
+        np.testing.assert_array_equal(from_bytes(written, "stats").transform(X), fitted.transform(X))
+    with pytest.raises(StatisticsFileError, match=r"^an attachment is truncated, damaged or no safetensors file"):
+        from_bytes(data[:-1], "an attachment")
+
+
+def test_every_class_with_a_name_here_can_be_saved() -> None:
+    classes = {name for name in preprocessing.__all__ if isinstance(getattr(preprocessing, name), type)}
+    assert {name for name in classes if issubclass(getattr(preprocessing, name), Normalizer)} == set(SAVED_CLASSES)
+
+
+def test_a_class_that_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    for name in ("Doubler", "StandardScaler"):
+        kind = type(name, (StandardScaler,), {"__init__": StandardScaler.__init__})
+        with pytest.raises(InputError, match=rf"cannot save a {name} of .*: expected one of \['MeanSubtr"):
+            kind().fit(X).save(tmp_path / "stats")
+    assert os.listdir(tmp_path) == []
+
+
+def test_parameters_of_numpys_types(tmp_path: Path) -> None:
+    scaler = MinMaxScaler((np.float32(0), np.int64(2)), clip=np.bool_(True)).fit(X)
+    scaler.save(tmp_path / "stats")
+    assert load(tmp_path / "stats").get_params() == scaler.get_params()
