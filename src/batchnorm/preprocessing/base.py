@@ -98,12 +98,15 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """Undo ``transform``: back to the data's own units."""
         return self._transform(X, inverse=True, copy=None)
 
-    def to_module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> nn.Module:
         """``transform`` as an ``nn.Module`` in front of a network: differentiable, exportable, its numbers in buffers.
 
-        The mean is stored in a high and a low part, so that data far from zero lose no precision in float32. Integer
-        input (image bytes) gives ``dtype``. For data in float64 pass ``dtype=torch.float64``: ``.double()`` afterwards
-        computes in float64, but with what float32 buffers kept.
+        ``inverse``: ``inverse_transform`` instead, which brings the outputs of a network that learned scaled targets
+        back to the targets' units. The result has the input's dtype, integer input (image bytes) gives ``dtype``.
+
+        The mean is stored in a high and a low part, so that data far from zero lose no precision in float32. For data
+        in float64 pass ``dtype=torch.float64``: ``.double()`` afterwards computes in float64, but with what float32
+        buffers kept. Raises InputError where a statistic is outside the range of ``dtype``.
         """
         raise NotImplementedError
 

@@ -71,7 +71,7 @@ class ElementwiseNormalizer(Normalizer):
             refuse_infinite(self, batch)
         return out
 
-    def to_module(self, dtype: torch.dtype = torch.float32) -> ScalingModule:
+    def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> ScalingModule:
         check_is_fitted(self)
         affine = self._affine()
         return ScalingModule(
@@ -81,5 +81,6 @@ class ElementwiseNormalizer(Normalizer):
             offset=affine.offset,
             clip=affine.clip,
             channel_axis=self.channel_axis,
+            inverse=inverse,
             dtype=dtype,
         )

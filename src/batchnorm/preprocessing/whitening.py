@@ -251,10 +251,15 @@ class Whitener(Normalizer):
             out[block] = y.movedim(-1, batch.axis)
         return out
 
-    def to_module(self, dtype: torch.dtype = torch.float32) -> WhiteningModule:
+    def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> WhiteningModule:
         solution, scatter = self._solve(), self._scatter()
         return WhiteningModule(
-            scatter.mean, scatter.mean_low, solution.whitening, channel_axis=self.channel_axis, dtype=dtype
+            scatter.mean,
+            scatter.mean_low,
+            solution.dewhitening if inverse else solution.whitening,
+            channel_axis=self.channel_axis,
+            inverse=inverse,
+            dtype=dtype,
         )
 
     # Saving: the solution too, so that the same file gives the same transform on every machine.
