@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from batchnorm._errors import BatchnormError, DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments
+from batchnorm.preprocessing.folding import LinearMap, fold
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
 from batchnorm.preprocessing.sources import Part, Source, is_stream, open_source
 
@@ -110,6 +111,26 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         """
         raise NotImplementedError
 
+    def fold_into(self, layer: Any, *, tolerance: float | None = None) -> Any:
+        """A new layer that does to raw data what ``layer`` does to transformed data: ``W' = W A``, no module in front.
+
+        ``layer``: ``nn.Linear`` (the estimator with ``channel_axis=None`` or -1), ``nn.Conv1d/2d/3d`` or
+        ``nn.ConvTranspose1d/2d/3d`` (with ``channel_axis=1``); it stays as it is. The new one has its class, dtype and
+        device, the algebra is float64 and rounded once; a bias is added where the shift needs one. A NaN, which
+        ``to_module`` confines to its feature, spreads over the outputs of a layer either way.
+
+        Where the transform moves zero, zero padding of a convolution and the borders of a transposed one cannot be
+        folded (padding_mode "reflect", "replicate" and "circular" can). In float32 the shift cancels against data far
+        from zero: the new layer is compared with ``layer`` behind the transform in float64, on data drawn like those
+        of ``fit``, and refused where an output is off by more than ``tolerance`` times its largest value (None: the
+        square root of the dtype's epsilon, 3.5e-4 in float32).
+
+        Raises InputError (clipping, such padding, groups behind a Whitener, a lost accuracy, a parametrized layer,
+        hooks, features without a value), ShapeError for another width, DtypeError for another kind of layer.
+        """
+        check_is_fitted(self)
+        return fold(type(self).__name__, self._linear_map(), self.channel_axis, layer, tolerance)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write what was learned to ``path``, from which ``load`` makes the estimator again (safetensors, no pickle).
 
@@ -184,6 +205,10 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         Raises InputError for infinite values, before anything is written.
         """
+        raise NotImplementedError
+
+    def _linear_map(self) -> LinearMap:
+        """The transform as a linear map, for folding; raise InputError where it is none."""
         raise NotImplementedError
 
     def _extra_state(self) -> dict[str, Tensor]:

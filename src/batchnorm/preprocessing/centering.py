@@ -32,6 +32,9 @@ class MomentsNormalizer(ElementwiseNormalizer):
         """The mean, NaN where no value was seen."""
         return torch.where(self._stats.count > 0, self._stats.mean, torch.nan)
 
+    def _centre_and_spread(self) -> tuple[Tensor, Tensor]:
+        return self._mean(), self._stats.std()
+
     def _read_state(self, tensors: dict[str, Tensor]) -> None:
         self._stats = Moments.from_dict(tensors)
         self._publish()

@@ -8,8 +8,10 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from batchnorm._errors import InputError
 from batchnorm.preprocessing import affine as affine  # the operator
 from batchnorm.preprocessing.base import Normalizer
+from batchnorm.preprocessing.folding import LinearMap
 from batchnorm.preprocessing.inputs import Batch, refuse_infinite
 from batchnorm.preprocessing.modules import ScalingModule
 
@@ -62,6 +64,10 @@ class ElementwiseNormalizer(Normalizer):
     def _affine(self) -> Affine:
         raise NotImplementedError
 
+    def _centre_and_spread(self) -> tuple[Tensor, Tensor]:
+        """Where the data lie and how far they vary, (C,) in float64."""
+        raise NotImplementedError
+
     def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:
         in_place = not (self.copy if copy is None else copy)
         if in_place:
@@ -83,4 +89,12 @@ class ElementwiseNormalizer(Normalizer):
             channel_axis=self.channel_axis,
             inverse=inverse,
             dtype=dtype,
+        )
+
+    def _linear_map(self) -> LinearMap:
+        affine = self._affine()
+        if affine.clip is not None:
+            raise InputError("clipping is not linear: keep to_module() in front, or fit with clip=False")
+        return LinearMap.of_features(
+            affine.mean, affine.mean_low, affine.scale.reciprocal(), affine.offset, *self._centre_and_spread()
         )

@@ -203,6 +203,10 @@ class MinMaxScaler(ElementwiseNormalizer):
         scale = torch.where(constant, 1.0, extent) / (b - a)
         return Affine(low, torch.zeros_like(low), scale, offset=a, clip=(a, b) if self.clip else None)
 
+    def _centre_and_spread(self) -> tuple[Tensor, Tensor]:
+        low, extent = self._range()
+        return low + extent / 2, extent / 2
+
     def _read_state(self, tensors: dict[str, Tensor]) -> None:
         self._stats = Extrema.from_dict(tensors)
         self._publish()

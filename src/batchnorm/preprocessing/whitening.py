@@ -15,6 +15,7 @@ from batchnorm._errors import InputError
 from batchnorm.moments import Scatter
 from batchnorm.preprocessing.base import Array, Normalizer, samples_seen
 from batchnorm.preprocessing.decomposition import METHODS, Whitening, solve
+from batchnorm.preprocessing.folding import LinearMap
 from batchnorm.preprocessing.inputs import Batch, give_back, refuse_infinite
 from batchnorm.preprocessing.modules import WhiteningModule
 from batchnorm.preprocessing.shrinkage import FourthMoments
@@ -261,6 +262,11 @@ class Whitener(Normalizer):
             inverse=inverse,
             dtype=dtype,
         )
+
+    def _linear_map(self) -> LinearMap:
+        solution, scatter = self._solve(), self._scatter()
+        spreads = (solution.dewhitening, scatter.std())
+        return LinearMap(scatter.mean, scatter.mean_low, solution.whitening, 0.0, scatter.mean, spreads)
 
     # Saving: the solution too, so that the same file gives the same transform on every machine.
 
