@@ -164,6 +164,10 @@ class Normalizer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 f"channel_axis must be None or the axis of the channels (1 for (N, C, *)), got {self.channel_axis!r}"
             )
 
+    def _sparse_refusal(self) -> str | None:
+        """Why sparse data cannot be taken, and what takes them; None where they can."""
+        return f"{type(self).__name__} would fill in its zeros: use StandardScaler(with_mean=False), which keeps them"
+
     def _check_mergeable(self, other: Self) -> None:
         """Raise where the statistics of ``other`` mean something else."""
         if not self.__sklearn_is_fitted__():

@@ -18,7 +18,7 @@ class MomentsNormalizer(ElementwiseNormalizer):
     n_samples_seen_: int | float | Array
 
     def _statistics(self, batch: Batch, weights: Tensor | None) -> Moments:
-        stats = Moments.from_batch(batch.values, channel_axis=batch.axis, weights=weights, skip_nan=True).to("cpu")
+        stats = batch.moments(weights).to("cpu")
         self._refuse_unusable(batch, stats.mean, stats.m2)
         return stats
 

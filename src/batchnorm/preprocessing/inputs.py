@@ -1,9 +1,8 @@
-"""What estimators read and give back: NumPy, torch, pandas and polars in, the same kind out."""
+"""What estimators read and give back: NumPy, SciPy, torch, pandas, polars and pyarrow in, the same kind out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,46 +15,22 @@ from torch import Tensor
 
 from batchnorm._errors import DtypeError, InputError, ShapeError
 from batchnorm.moments import as_tensor
+from batchnorm.preprocessing.batch import Batch
+from batchnorm.preprocessing.frames import (
+    column_names,
+    is_frame,
+    like_frame,
+    named,
+    read_frame,
+    refuse_other_containers,
+)
+from batchnorm.preprocessing.sparse import SparseBatch, is_sparse, read_sparse
 
-# The float64 copy of one block of rows stays in a core's second-level cache.
-_BLOCK_ELEMENTS = 2**17
+__all__ = ["Batch", "check_names", "give_back", "read", "read_weights", "refuse_infinite", "refuse_overflow"]
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Data as a tensor that shares memory with what the caller passed (``source``), and where its channels are."""
-
-    values: Tensor
-    source: Any
-    axis: int
-    writable: bool
-    first_row: int = 0  # of a part of a stream, for messages
-
-    @property
-    def num_channels(self) -> int:
-        """The number of features."""
-        return self.values.shape[self.axis]
-
-    @property
-    def float_dtype(self) -> torch.dtype:
-        """The dtype of results: that of floating data, else float64 as NumPy has it or torch's default."""
-        if self.values.is_floating_point():
-            return self.values.dtype
-        return torch.get_default_dtype() if isinstance(self.source, Tensor) else torch.float64
-
-    def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of samples, small enough for a float64 copy."""
-        rows = self.values.shape[0]
-        step = max(1, _BLOCK_ELEMENTS * rows // max(1, self.values.numel()))
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            yield block, self.values[block]
-
-    def along_channels(self, statistic: Tensor) -> Tensor:
-        """A statistic (C,) in float64 on the data's device, in a shape that broadcasts over the data."""
-        shape = [1] * self.values.ndim
-        shape[self.axis] = -1
-        return statistic.to(self.values.device, torch.float64).view(shape)
+# Not the floats of 8 bits: torch computes nothing with them.
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = tuple(getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64))
 
 
 def read(
@@ -71,6 +46,23 @@ def read(
 
     ``check_names=False`` and ``num_features`` are for the inverse, whose input has the width of the output.
     """
+    if is_sparse(X):
+        batch: Batch = read_sparse(estimator, X, reset=reset, check_names=check_names, first_row=first_row)
+    else:
+        batch = _read_dense(estimator, X, reset, check_names, first_row)
+    width = batch.num_channels
+    if reset:
+        estimator.n_features_in_ = width
+    else:
+        expected = estimator.n_features_in_ if num_features is None else num_features
+        if width != expected:
+            raise ShapeError(
+                f"X has {width} features, but {type(estimator).__name__} is expecting {expected} features as input"
+            )
+    return batch
+
+
+def _read_dense(estimator: Any, X: Any, reset: bool, check_names: bool, first_row: int) -> Batch:
     channel_axis = estimator.channel_axis
     if isinstance(X, Tensor):
         array = _check_tensor(X, channel_axis)
@@ -80,22 +72,15 @@ def read(
         array = _check_array(estimator, X, reset, check_names, channel_axis)
     values = as_tensor(array).detach()
     axis = 1 if channel_axis is None else _channel_axis(channel_axis, values.ndim)
-    width = values.shape[axis]
-    if reset:
-        estimator.n_features_in_ = width
-    else:
-        expected = estimator.n_features_in_ if num_features is None else num_features
-        if width != expected:
-            raise ShapeError(
-                f"X has {width} features, but {type(estimator).__name__} is expecting {expected} features as input"
-            )
     writable = bool(array.flags.writeable) if isinstance(array, np.ndarray) else not X.requires_grad
     return Batch(values, X, axis, writable, first_row)
 
 
 def _check_tensor(X: Tensor, channel_axis: int | None) -> Tensor:
-    if X.layout != torch.strided:
-        raise DtypeError(f"Sparse data was passed (a tensor of {X.layout}), but dense data is required: X.to_dense()")
+    if X.is_meta:
+        raise InputError("X is on the meta device, where tensors hold no values: pass the data themselves")
+    if X.dtype not in (*_FLOATS, *_INTEGERS, torch.bool) and not X.is_complex():
+        raise DtypeError(f"expected floats of at least 16 bits or integers, got {X.dtype}: pass X.to(torch.float32)")
     if channel_axis is None and X.ndim != 2:
         raise ShapeError(_not_2d(X.ndim))
     if X.ndim < 2:
@@ -109,25 +94,29 @@ def _check_tensor(X: Tensor, channel_axis: int | None) -> Tensor:
 
 def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel_axis: int | None) -> Any:
     flat = channel_axis is None
+    refuse_other_containers(X)
     if flat and getattr(X, "ndim", 2) != 2:
         raise ShapeError(_not_2d(X.ndim))
     options = {"dtype": "numeric", "ensure_all_finite": False, "ensure_2d": flat, "allow_nd": not flat}
     try:
-        array = validate_data(estimator, X, reset=reset, **options) if check_names else check_array(X, **options)
+        if is_frame(X):
+            if check_names:
+                validate_data(estimator, named(X), reset=reset, skip_check_array=True, ensure_2d=False)
+            array = check_array(read_frame(X), **options)
+        else:
+            array = validate_data(estimator, X, reset=reset, **options) if check_names else check_array(X, **options)
         if array.dtype == object:  # nested lists with None, which means missing
             array = array.astype(np.float64)
     except TypeError as error:
         raise DtypeError(str(error)) from error
+    except InputError:
+        raise
     except ValueError as error:
         text = str(error)
         if text.startswith("Expected 2D array"):
             raise ShapeError(_not_2d(np.ndim(X))) from error
         if "bytes/strings" in text or "could not convert string" in text:
-            found = text.partition("float: ")[2]
-            where = f"X ({found})" if found else "X"
-            raise InputError(
-                f"expected numbers, got text in {where}: encode or drop the columns that hold it"
-            ) from error
+            raise InputError(f"expected numbers, got text{_first_text(X)}: encode or drop the column") from error
         # One line, but for the list of feature names, which scikit-learn's own checks compare with its line breaks.
         text = text if text.startswith("The feature names") else text.partition("\n")[0]
         shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but", "inhomogeneous"))
@@ -135,6 +124,15 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
     if array.ndim < 2:
         raise ShapeError(f"X must be at least 2-D (samples, channels, ...), got {array.ndim}-D")
     return array
+
+
+def _first_text(X: Any) -> str:
+    """Where the first text is that is no number, for the message: `` ('a') in row 0, column 1``."""
+    values = np.asarray(X, dtype=object)
+    for index, value in np.ndenumerate(values):
+        if isinstance(value, (str, bytes)):
+            return f" ({value!r}) in row {index[0]}" + (f", column {index[1]}" if len(index) == 2 else "")
+    return ""
 
 
 def _not_2d(ndim: int) -> str:
@@ -171,7 +169,7 @@ def read_weights(sample_weight: Any, batch: Batch, *, zeros: bool = False) -> Te
     """``sample_weight`` as float64 of shape (N,): finite, not negative, and unless ``zeros`` not all zero."""
     if sample_weight is None:
         return None
-    rows = batch.values.shape[0]
+    rows = batch.num_rows
     if isinstance(sample_weight, Tensor):
         weights = as_tensor(sample_weight).detach().to(torch.float64)
     elif isinstance(sample_weight, Real):
@@ -199,17 +197,26 @@ def read_weights(sample_weight: Any, batch: Batch, *, zeros: bool = False) -> Te
 
 def refuse_infinite(estimator: Any, batch: Batch) -> None:
     """Raise an InputError that names the row and the column of the first infinite value, if there is one."""
-    if not batch.values.is_floating_point() or bool(torch.isfinite(batch.values.sum())):
-        return
-    for block, values in batch.row_blocks():
-        infinite = torch.isinf(values)
-        if bool(infinite.any()):
-            index = [int(i) for i in infinite.nonzero()[0]]
-            row, column = batch.first_row + index[0] + block.start, index[batch.axis]
-            names = getattr(batch.source, "columns", getattr(estimator, "feature_names_in_", None))
-            label = f" ({str(names[column])!r})" if names is not None and column < len(names) else ""
-            where = f"row {row}, column {column}{label}"
-            raise InputError(f"Input X contains infinity: {where}; remove the row, or write NaN for a missing value")
+    found = batch.first_infinite()
+    if found is not None:
+        names = column_names(batch.source)
+        where = _place(batch, found, getattr(estimator, "feature_names_in_", None) if names is None else names)
+        raise InputError(f"Input X contains infinity: {where}; remove the row, or write NaN for a missing value")
+
+
+def refuse_overflow(batch: Batch, out: Tensor) -> None:
+    """Raise an InputError where finite data became infinite in float16, whose largest number is 65504."""
+    if out.dtype == torch.float16:
+        found = batch.first_infinite(out)
+        if found is not None:
+            where = _place(batch, found, column_names(batch.source) if out.shape == batch.values.shape else None)
+            raise InputError(f"the result overflows float16: {where}; transform the data as float32")
+
+
+def _place(batch: Batch, found: tuple[int, int], names: Sequence[Any] | None) -> str:
+    row, column = batch.first_row + found[0], found[1]
+    label = f" ({str(names[column])!r})" if names is not None and column < len(names) else ""
+    return f"row {row}, column {column}{label}"
 
 
 def _same_memory(source: Any, out: Tensor) -> bool:
@@ -227,12 +234,15 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
     configured = getattr(estimator, "_sklearn_output_config", {}).get("transform")
     if configured is None and get_config()["transform_output"] != "default":
         configured = get_config()["transform_output"]
+    refuse_overflow(batch, out)
     frame = configured not in (None, "default")
     if frame and out.ndim != 2:
         raise ShapeError(
             f"set_output(transform={configured!r}) needs 2-D results, got shape {tuple(out.shape)}: "
             'use set_output(transform="default")'
         )
+    if isinstance(batch, SparseBatch):
+        return batch.with_values(out)  # where a frame is asked for, scikit-learn says that it has none for this
     if not frame and _same_memory(batch.source, out):
         return batch.source
     if isinstance(batch.source, Tensor):
@@ -240,10 +250,5 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
             return out
         return (out.float() if out.dtype == torch.bfloat16 else out).cpu().numpy()
     array = out.numpy()
-    library = type(batch.source).__module__.partition(".")[0]
-    if configured is not None or library not in ("pandas", "polars"):
-        return array
-    names = batch.source.columns if columns is None else list(columns)
-    if library == "pandas":
-        return type(batch.source)(array, index=batch.source.index, columns=names, copy=False)
-    return type(batch.source)(array, schema=list(names), orient="row")
+    result = None if configured is not None else like_frame(batch.source, array, columns)
+    return array if result is None else result

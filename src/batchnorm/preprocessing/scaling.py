@@ -13,9 +13,10 @@ from torch import Tensor
 from batchnorm._errors import InputError, ShapeError
 from batchnorm.moments.operator import compute, pieces
 from batchnorm.preprocessing.base import Array, is_constant, samples_seen
+from batchnorm.preprocessing.batch import Batch
 from batchnorm.preprocessing.centering import MomentsNormalizer
 from batchnorm.preprocessing.elementwise import Affine, ElementwiseNormalizer
-from batchnorm.preprocessing.inputs import Batch
+from batchnorm.preprocessing.sparse import SparseBatch
 
 
 class StandardScaler(MomentsNormalizer):
@@ -53,6 +54,11 @@ class StandardScaler(MomentsNormalizer):
         """Undo ``transform``; ``copy`` overrides the parameter, as in scikit-learn."""
         return self._transform(X, inverse=True, copy=copy)
 
+    def _sparse_refusal(self) -> str | None:
+        if not self.with_mean:
+            return None
+        return "cannot center sparse matrices, which would fill in their zeros: pass with_mean=False, which keeps them"
+
     def _scale(self) -> Tensor:
         return torch.where(is_constant(self._stats), 1.0, self._stats.std())
 
@@ -85,10 +91,14 @@ class Extrema:
         return self.low.shape[0]
 
     @classmethod
-    def from_batch(cls, x: Tensor, channel_axis: int, weights: Tensor | None) -> Self:
-        """The extrema of ``x`` (N, C, *) over all axes but ``channel_axis``, without NaN; ``weights``: (N,)."""
+    def from_batch(cls, batch: Batch, weights: Tensor | None) -> Self:
+        """The extrema of the batch over all axes but that of the channels, without NaN; ``weights``: (N,)."""
+        rows = torch.tensor(float(batch.num_rows), dtype=torch.float64) if weights is None else weights.sum()
+        if isinstance(batch, SparseBatch):
+            low, high = batch.extremes(weights)
+            return cls(rows.to(low).expand_as(low), low, high)
+        x, channel_axis = batch.values, batch.axis
         positions = x.numel() // max(1, x.shape[0] * x.shape[channel_axis])
-        rows = torch.tensor(float(x.shape[0])) if weights is None else weights.sum()
         if weights is not None and not bool((weights > 0).all()):
             x = x[weights > 0]
         low = x.new_full((x.shape[channel_axis],), torch.inf, dtype=torch.float64)
@@ -169,8 +179,16 @@ class MinMaxScaler(ElementwiseNormalizer):
                 f"expected feature_range=(a, b) with a < b, got {bounds!r}"
             )
 
+    def _sparse_refusal(self) -> str | None:
+        if self.feature_range[0] == 0:
+            return None
+        return (
+            "MinMaxScaler would fill in its zeros: use feature_range=(0, 1), which keeps those of features that are "
+            "not negative, or scikit-learn's MaxAbsScaler"
+        )
+
     def _statistics(self, batch: Batch, weights: Tensor | None) -> Extrema:
-        stats = Extrema.from_batch(batch.values, batch.axis, weights)
+        stats = Extrema.from_batch(batch, weights)
         stats = Extrema(stats.count.cpu(), stats.low.cpu(), stats.high.cpu())
         seen = stats.low <= stats.high
         self._refuse_unusable(batch, stats.low[seen], stats.high[seen], (stats.high - stats.low)[seen])
