@@ -34,7 +34,7 @@ BAD_FITS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
     (X[:0], {}, ShapeError, r"Found array with 0 sample\(s\)"),
     (torch.ones(0, 3), {}, ShapeError, r"Found array with 0 sample\(s\)"),
     (torch.ones(3, 0), {}, ShapeError, r"Found array with 0 feature\(s\)"),
-    ([[1, 2], [3]], {}, ShapeError, "inhomogeneous"),
+    ([[1, 2], [3]], {}, ShapeError, "expected rows of one length, got 2 values in row 0 and 1 in row 1"),
     ([["a", "b"], ["c", "d"]], {}, InputError, r"expected numbers, got text \('a'\) in row 0, column 0"),
     (
         pd.DataFrame({"a": ["x", "y"], "b": [1, 2]}),

@@ -24,11 +24,11 @@ def refuse_other_containers(X: Any) -> None:
     """Raise for what looks like a frame and is none: a single column, or a plan of one."""
     if _is(X, "pandas", "Series", "Index") or _is(X, "polars", "Series"):
         raise ShapeError(
-            f"Expected 2D array, got 1D array instead: a {type(X).__name__} is a single feature, pass X.to_frame()"
+            f"Expected 2D array, got 1D array instead: {type(X).__name__} holds a single feature, pass X.to_frame()"
         )
     if _is(X, "pyarrow", "Array", "ChunkedArray"):
         raise ShapeError(
-            "Expected 2D array, got 1D array instead: an Arrow array is a single feature, pass pyarrow.table({'x': X})"
+            "Expected 2D array, got 1D array instead: an Arrow array holds a single feature, pass pa.table({'x': X})"
         )
     if _is(X, "polars", "LazyFrame"):
         raise InputError("expected data, got a LazyFrame, which is a plan: pass X.collect(), or the path of its file")

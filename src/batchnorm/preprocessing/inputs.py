@@ -98,6 +98,8 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
     if flat and getattr(X, "ndim", 2) != 2:
         raise ShapeError(_not_2d(X.ndim))
     options = {"dtype": "numeric", "ensure_all_finite": False, "ensure_2d": flat, "allow_nd": not flat}
+    if isinstance(X, np.ma.MaskedArray):  # what is under the mask is missing
+        X = np.ma.filled(X.astype(np.result_type(X.dtype, np.float16)), np.nan)
     try:
         if is_frame(X):
             if check_names:
@@ -117,9 +119,11 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
             raise ShapeError(_not_2d(np.ndim(X))) from error
         if "bytes/strings" in text or "could not convert string" in text:
             raise InputError(f"expected numbers, got text{_first_text(X)}: encode or drop the column") from error
+        if "inhomogeneous" in text:
+            raise ShapeError(f"expected rows of one length, {_first_ragged(X)}") from error
         # One line, but for the list of feature names, which scikit-learn's own checks compare with its line breaks.
         text = text if text.startswith("The feature names") else text.partition("\n")[0]
-        shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but", "inhomogeneous"))
+        shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but"))
         raise (ShapeError if shape else InputError)(text) from error
     if array.ndim < 2:
         raise ShapeError(f"X must be at least 2-D (samples, channels, ...), got {array.ndim}-D")
@@ -133,6 +137,15 @@ def _first_text(X: Any) -> str:
         if isinstance(value, (str, bytes)):
             return f" ({value!r}) in row {index[0]}" + (f", column {index[1]}" if len(index) == 2 else "")
     return ""
+
+
+def _first_ragged(X: Any) -> str:
+    """Which row of a nested list is unlike the first one, for the message."""
+    lengths = [len(row) if hasattr(row, "__len__") else None for row in X]
+    row = next((i for i, length in enumerate(lengths) if length != lengths[0]), None)
+    if row is None:
+        return "got lists of different lengths within the rows"
+    return f"got {lengths[0]} values in row 0 and {lengths[row]} in row {row}"
 
 
 def _not_2d(ndim: int) -> str:
@@ -205,12 +218,12 @@ def refuse_infinite(estimator: Any, batch: Batch) -> None:
 
 
 def refuse_overflow(batch: Batch, out: Tensor) -> None:
-    """Raise an InputError where finite data became infinite in float16, whose largest number is 65504."""
+    """Raise an InputError where finite data became infinite in float16."""
     if out.dtype == torch.float16:
         found = batch.first_infinite(out)
         if found is not None:
             where = _place(batch, found, column_names(batch.source) if out.shape == batch.values.shape else None)
-            raise InputError(f"the result overflows float16: {where}; transform the data as float32")
+            raise InputError(f"the result overflows float16, beyond 65504: {where}; transform the data as float32")
 
 
 def _place(batch: Batch, found: tuple[int, int], names: Sequence[Any] | None) -> str:
@@ -236,13 +249,18 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
         configured = get_config()["transform_output"]
     refuse_overflow(batch, out)
     frame = configured not in (None, "default")
+    if isinstance(batch, SparseBatch):
+        if frame:
+            raise InputError(
+                f"set_output(transform={configured!r}) has no frames of sparse data: "
+                'use set_output(transform="default"), or pass dense data'
+            )
+        return batch.with_values(out)
     if frame and out.ndim != 2:
         raise ShapeError(
             f"set_output(transform={configured!r}) needs 2-D results, got shape {tuple(out.shape)}: "
             'use set_output(transform="default")'
         )
-    if isinstance(batch, SparseBatch):
-        return batch.with_values(out)  # where a frame is asked for, scikit-learn says that it has none for this
     if not frame and _same_memory(batch.source, out):
         return batch.source
     if isinstance(batch.source, Tensor):

@@ -57,7 +57,7 @@ class StandardScaler(MomentsNormalizer):
     def _sparse_refusal(self) -> str | None:
         if not self.with_mean:
             return None
-        return "cannot center sparse matrices, which would fill in their zeros: pass with_mean=False, which keeps them"
+        return "StandardScaler cannot center it without filling in its zeros: pass with_mean=False, which keeps them"
 
     def _scale(self) -> Tensor:
         return torch.where(is_constant(self._stats), 1.0, self._stats.std())

@@ -150,7 +150,9 @@ def read_sparse(estimator: Any, X: Any, *, reset: bool, check_names: bool, first
     """Validate sparse ``X``. Raises InputError where the estimator would fill in the zeros, DtypeError, ShapeError."""
     refusal = estimator._sparse_refusal()
     if refusal is not None:
-        raise InputError(f"Sparse data was passed, but {refusal}; or pass dense data, X.to_dense() or X.toarray()")
+        raise InputError(
+            f"Sparse data was passed: {refusal}; or pass dense data, X.toarray() or of a tensor X.to_dense()"
+        )
     if estimator.channel_axis not in (None, 1, -1):
         raise ShapeError(f"sparse data are 2-D, rows of features, got channel_axis={estimator.channel_axis}: use None")
     if isinstance(X, Tensor):

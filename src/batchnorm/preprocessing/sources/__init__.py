@@ -27,7 +27,9 @@ def is_stream(X: Any) -> bool:
     """
     if isinstance(X, (str, PathLike, Source)):
         return True
-    if any(hasattr(X, name) for name in ("__array__", "shape", "__dataframe__", "columns")) or isinstance(X, dict):
+    names = ("__array__", "shape", "__dataframe__", "columns")
+    # Of the class first: a LazyFrame would work out its plan for its columns.
+    if any(hasattr(owner, name) for owner in (type(X), X) for name in names) or isinstance(X, dict):
         return False
     if isinstance(X, (list, tuple)):
         return bool(X) and all(getattr(item, "ndim", 0) >= 2 for item in X)
