@@ -16,7 +16,8 @@ from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 
 from batchnorm.preprocessing import Whitener
-from batchnorm.preprocessing.decomposition import cholesky_whitening, default_tolerance, fix_signs
+from batchnorm.preprocessing.decomposition import cholesky_whitening, default_tolerance
+from batchnorm.preprocessing.spectrum import fix_signs
 from oracles.preprocessing import ledoit_wolf, whitening_matrix
 
 METHODS = ("pca", "zca", "cholesky", "pca-cor", "zca-cor")

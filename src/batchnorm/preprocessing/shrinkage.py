@@ -64,20 +64,12 @@ class FourthMoments:
         """Third and fourth moments about the mean of ``base``: ``d`` becomes ``d + shift``, and ``sum d`` is 0."""
         shift = difference_of_means(self.base, base)
         square, scatter, variance = shift.square(), self.base.scatter, self.base.scatter.diagonal()
-        third = (
-            self.third
-            + torch.outer(variance, shift)
-            + 2 * shift.unsqueeze(1) * scatter
-            + self.base.count * torch.outer(square, shift)
-        )
-        fourth = (
-            self.fourth
-            + 2 * (self.third * shift + (self.third * shift).T)
-            + torch.outer(variance, square)
-            + torch.outer(square, variance)
-            + 4 * torch.outer(shift, shift) * scatter
-            + self.base.count * torch.outer(square, square)
-        )
+        third = self.third.addr(variance + self.base.count * square, shift)
+        third.addcmul_(scatter, shift.unsqueeze(1), value=2)
+        mixed = self.third * shift
+        fourth = self.fourth.addcmul(scatter * shift, shift.unsqueeze(1), value=4)
+        fourth.add_(mixed, alpha=2).add_(mixed.T, alpha=2)
+        fourth.addr_(variance + self.base.count * square, square).addr_(square, variance)
         return third, fourth
 
     def moments(self) -> Moments:
@@ -114,12 +106,30 @@ def ledoit_wolf_intensity(moments: FourthMoments, matrix: Tensor, scale: Tensor)
     (O. Ledoit, M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88, 2004, lemmas 3.2 to 3.5).
     """
-    n, p = float(moments.count), matrix.shape[0]
-    norm = float(matrix.square().sum())
-    mu = float(matrix.trace()) / p
+    inverse = scale.square().reciprocal()
+    flat = matrix.flatten()
+    return _intensity(
+        n=float(moments.count),
+        p=matrix.shape[0],
+        trace=float(matrix.trace()),
+        norm=float(flat @ flat),
+        fourth=float(inverse @ moments.fourth @ inverse),
+    )
+
+
+def ledoit_wolf_of_gram(gram: Tensor, weights: Tensor, num_features: int) -> float:
+    """The same intensity from the Gram matrix ``sqrt(w_i w_k) d_i d_k / sum w`` of the samples, (n, n)."""
+    n, flat = float(weights.sum()), gram.flatten()
+    # w_i |d_i|^4 = (n G_ii)^2 / w_i
+    fourth = float(((n * gram.diagonal()).square() / weights).sum())
+    return _intensity(n=n, p=num_features, trace=float(gram.trace()), norm=float(flat @ flat), fourth=fourth)
+
+
+def _intensity(*, n: float, p: int, trace: float, norm: float, fourth: float) -> float:
+    """``trace`` and ``norm``, squared, of the covariance; ``fourth`` is the sum of ``|d_i|^4``."""
+    mu = trace / p
     distance = norm / p - mu * mu
-    squares = scale.square()
-    error = (float((moments.fourth / torch.outer(squares, squares)).sum()) / n - norm) / (n * p)
+    error = (fourth / n - norm) / (n * p)
     if error <= 0 or distance <= 0:
         return 0.0
     return min(1.0, error / distance)

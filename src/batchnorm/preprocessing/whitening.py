@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from numbers import Integral, Real
+from dataclasses import replace
+from numbers import Integral
 from typing import Any, Self
 
 import numpy as np
 import torch
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from batchnorm._checks import check_choice
 from batchnorm._errors import InputError
-from batchnorm.moments import Scatter
 from batchnorm.preprocessing.base import Array, Normalizer, samples_seen
-from batchnorm.preprocessing.decomposition import METHODS, Whitening, solve
+from batchnorm.preprocessing.decomposition import Wish, solve, standardization
+from batchnorm.preprocessing.factors import Whitening, read_whitening
 from batchnorm.preprocessing.folding import LinearMap
 from batchnorm.preprocessing.inputs import Batch, give_back, refuse_infinite
 from batchnorm.preprocessing.modules import WhiteningModule
-from batchnorm.preprocessing.shrinkage import FourthMoments
-
-_MATRICES = ("whitening", "dewhitening", "components", "variance", "ratio")
+from batchnorm.preprocessing.randomized import Sketch, Visit, visit_rows
+from batchnorm.preprocessing.secondmoments import SecondMoments
+from batchnorm.preprocessing.sources import Source
 
 
 class Whitener(Normalizer):
@@ -43,6 +44,18 @@ class Whitener(Normalizer):
         feature of whose variance at most the share ``tol`` is not explained by those behind it) is without variance:
         dropped in the pca forms, left at 0 in the others, never amplified. None is ``10 p eps`` for p features.
     channel_axis: 1 whitens the channels of data of shape (N, C, *), every position a sample; None takes (N, features).
+    solver: where the directions come from, for p features, n samples and k components:
+        "eigh": the p x p covariance, exact; O(n p^2 + p^3) time, 3 p^2 numbers of memory (Ledoit-Wolf: 5).
+        "gram": the n x n products between samples, exact but for directions of less than ``10 n eps`` of the largest
+        variance, which count as without; O(n^2 p + n^3) time, and the samples are kept. Not for "cholesky".
+        "auto": "gram" as long as fewer samples than features have been seen, then "eigh", into which it turns without
+        loss; "eigh" also where the result is p x p anyway ("cholesky"; a pca form of all components with shrinkage).
+        "randomized": subspace iteration from a random start (Halko, Martinsson, Tropp 2011), for a whole
+        ``n_components`` much below n and p; O(n p k) time for each of 6 to 9 passes over the data, p k numbers of
+        memory. The leading variances are as exact as the spectrum falls; nothing is known of directions beyond, and
+        ``rank_`` is at most k. ``fit`` alone, from data that can be read again; without Ledoit-Wolf and "cholesky".
+        Where memory would not do, ``fit`` says so beforehand.
+    random_state: the start of "randomized": an int, with which two fits are the same, or as in scikit-learn.
 
     Attributes, float64
     -------------------
@@ -56,10 +69,13 @@ class Whitener(Normalizer):
     comes out of ``transform`` as NaN. A constant feature (see ``StandardScaler``) has variance 0. Fewer samples than
     features are fine: at most N - 1 directions have variance.
 
+    As long as fewer samples than features have been seen, what was learned holds these samples, and so does a file that
+    ``save`` writes; with solver="eigh" or "randomized" never.
+
     Unlike ``sklearn.decomposition.PCA(whiten=True)`` the variances are biased (1/N), as in the scalers.
     """
 
-    _stats: Scatter | FourthMoments
+    _stats: SecondMoments | Sketch
     _solution: Whitening | None
     n_samples_seen_: int | float | Array
 
@@ -72,6 +88,8 @@ class Whitener(Normalizer):
         eps: float = 0.0,
         tol: float | None = None,
         channel_axis: int | None = None,
+        solver: str = "auto",
+        random_state: Any = 0,
     ) -> None:
         self.method = method
         self.n_components = n_components
@@ -79,80 +97,101 @@ class Whitener(Normalizer):
         self.eps = eps
         self.tol = tol
         self.channel_axis = channel_axis
+        self.solver = solver
+        self.random_state = random_state
 
     # Learning
 
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
+        """Learn from one more batch. Any split of the data gives what one ``fit`` of the whole gives. See ``fit``.
+
+        Raises InputError with solver="randomized", which needs all data at once.
+        """
+        self._refuse_randomized("learn from batch after batch")
+        return super().partial_fit(X, y, sample_weight)
+
+    def _refuse_randomized(self, what: str) -> None:
+        if self.solver == "randomized":
+            raise InputError(f"solver='randomized' cannot {what}: fit all data at once, or use solver='auto'")
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        check_choice("method", self.method, METHODS)
-        wanted: Any = self.n_components
-        whole = isinstance(wanted, Integral) and not isinstance(wanted, bool) and int(wanted) >= 1
-        share = isinstance(wanted, Real) and not isinstance(wanted, Integral) and 0 < float(wanted) <= 1
-        if wanted is not None and not (whole or share):
-            raise InputError(
-                f"n_components must be an integer from 1, a share of the variance in (0, 1] or None, got {wanted!r}"
-            )
-        if share and self.method == "cholesky":
-            raise InputError(f'method="cholesky" has no shares of variance: n_components must be whole, got {wanted!r}')
-        shrinkage: Any = self.shrinkage
-        fixed = isinstance(shrinkage, Real) and not isinstance(shrinkage, bool) and 0 <= float(shrinkage) <= 1
-        if not (shrinkage is None or fixed or (isinstance(shrinkage, str) and shrinkage == "ledoit-wolf")):
-            raise InputError(f'shrinkage must be None, "ledoit-wolf" or a number in [0, 1], got {shrinkage!r}')
-        for name, value in (("eps", self.eps), ("tol", 0 if self.tol is None else self.tol)):
-            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-                raise InputError(f"{name} must be a finite number and not negative, got {value!r}")
+        Wish.of(self)
 
     def _check_mergeable(self, other: Self) -> None:
         if other.method != self.method:
             raise InputError(f"cannot merge a Whitener of method={other.method!r} into one of method={self.method!r}")
+        self._refuse_randomized("be merged")
+        other._refuse_randomized("be merged")
         super()._check_mergeable(other)
         if self.__sklearn_is_fitted__():
-            self._check_same_statistics(other._stats)
+            self._check_same_statistics(self._stats, other._stats)
 
-    def _check_same_statistics(self, stats: Scatter | FourthMoments) -> None:
-        if type(stats) is not type(self._stats):
+    @staticmethod
+    def _check_same_statistics(known: SecondMoments | Sketch, stats: SecondMoments | Sketch) -> None:
+        if isinstance(known, Sketch) or isinstance(stats, Sketch):
+            raise InputError("what solver='randomized' has learned cannot be added to: fit again")
+        if known.fourth != stats.fourth:
             raise InputError('shrinkage="ledoit-wolf" needs statistics of its own from the first batch on: fit again')
 
-    def _statistics(self, batch: Batch, weights: Tensor | None) -> Scatter | FourthMoments:
+    def _statistics(self, batch: Batch, weights: Tensor | None) -> SecondMoments | Sketch:
         wanted: Any = self.n_components
-        if isinstance(wanted, Integral) and int(wanted) > batch.num_channels:
-            raise InputError(
-                f"n_components={wanted} is more than the data's n_features = {batch.num_channels}: ask for fewer"
+        width = batch.num_channels
+        if isinstance(wanted, Integral) and int(wanted) > width:
+            raise InputError(f"n_components={wanted} is more than the data's n_features = {width}: ask for fewer")
+        stats: SecondMoments | Sketch
+        if self.solver == "randomized":
+            stats = Sketch.from_batch(batch.values, channel_axis=batch.axis, weights=weights)
+        else:
+            stats = SecondMoments.from_batch(
+                batch.values,
+                channel_axis=batch.axis,
+                weights=weights,
+                fourth=self.shrinkage == "ledoit-wolf",
+                keep={"auto": width, "eigh": 0, "gram": None}[self.solver],
             )
-        kind = FourthMoments if self.shrinkage == "ledoit-wolf" else Scatter
-        stats = kind.from_batch(batch.values, channel_axis=batch.axis, weights=weights, skip_nan=True).to("cpu")
         self._refuse_unusable(batch, *stats.to_dict().values())
-        if self.__sklearn_is_fitted__():
-            self._check_same_statistics(stats)
         return stats
 
+    def _accumulate(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
+        if callable(stats):  # one of the further passes over a source
+            visit_rows(batch.values, batch.axis, weights, stats)
+            return stats
+        learned = self._statistics(batch, weights)
+        if stats is None:
+            return learned
+        if self.solver != "randomized":
+            self._check_same_statistics(stats, learned)
+        return stats.merge(learned)
+
+    def _learn_parts(self, source: Source, sample_weight: Any, stats: Any) -> Any:
+        if self.solver != "randomized":
+            return super()._learn_parts(source, sample_weight, stats)
+        if not source.again:
+            raise InputError(f"solver='randomized' reads data several times, and {source.label} can be read only once")
+
+        def visit(function: Visit) -> None:
+            super(Whitener, self)._learn_parts(source, sample_weight, function)
+
+        return replace(super()._learn_parts(source, sample_weight, None), visit=visit)
+
     def _publish(self) -> None:
+        if isinstance(self._stats, Sketch) and self._stats.visit is not None:
+            wanted: Any = self.n_components
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            _, factor = standardization(self._stats.moments, self.method)
+            self._stats = self._stats.solved(factor, int(wanted), seed)
         self.n_samples_seen_ = samples_seen(self._stats.count.reshape(1))
         self._solution = None
 
     def _complete(self) -> None:
         self._solve()
 
-    def _scatter(self) -> Scatter:
-        return self._stats.base if isinstance(self._stats, FourthMoments) else self._stats
-
     def _solve(self) -> Whitening:
         """The matrices, computed once after learning."""
         check_is_fitted(self)
         if self._solution is None:
-            self._check_parameters()
-            wanted: Any = self.n_components
-            if wanted is not None:
-                wanted = int(wanted) if isinstance(wanted, Integral) else float(wanted)
-            shrinkage: Any = self.shrinkage
-            self._solution = solve(
-                self._stats,
-                method=self.method,
-                n_components=wanted,
-                shrinkage=shrinkage if shrinkage is None or isinstance(shrinkage, str) else float(shrinkage),
-                eps=float(self.eps),
-                tolerance=None if self.tol is None else float(self.tol),
-            )
+            self._solution = solve(self._stats, Wish.of(self))
         return self._solution
 
     # What was learned
@@ -169,7 +208,7 @@ class Whitener(Normalizer):
     def mean_(self) -> Array:
         """The mean of each feature, (features,)."""
         check_is_fitted(self)
-        array: Array = self._scatter().mean.numpy()
+        array: Array = self._stats.moments.mean.numpy()
         return array
 
     @property
@@ -201,7 +240,7 @@ class Whitener(Normalizer):
     def n_components_(self) -> int:
         """The number of components kept; for "cholesky" of outputs."""
         solution = self._solve()
-        return int((solution.whitening if self.method == "cholesky" else solution.components).shape[0])
+        return solution.num_outputs if self.method == "cholesky" else solution.components.shape[0]
 
     @property
     def rank_(self) -> int:
@@ -223,7 +262,7 @@ class Whitener(Normalizer):
     # Using it
 
     def _expected(self, inverse: bool) -> dict[str, Any]:
-        return {"check_names": not inverse, "num_features": self._solve().whitening.shape[0] if inverse else None}
+        return {"check_names": not inverse, "num_features": self._solve().num_outputs if inverse else None}
 
     def _transform_batch(self, batch: Batch, inverse: bool, copy: bool | None) -> Any:
         refuse_infinite(self, batch)
@@ -239,24 +278,23 @@ class Whitener(Normalizer):
         return list(names)
 
     def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:  # noqa: ARG002 -- always a new tensor
-        solution, scatter = self._solve(), self._scatter()
+        solution, moments = self._solve(), self._stats.moments
         device = batch.values.device
-        mean, low = scatter.mean.to(device), scatter.mean_low.to(device)
-        matrix = (solution.dewhitening if inverse else solution.whitening).to(device).T
+        mean, low = moments.mean.to(device), moments.mean_low.to(device)
         shape = list(batch.values.shape)
-        shape[batch.axis] = matrix.shape[1]
+        shape[batch.axis] = moments.num_features if inverse else solution.num_outputs
         out = torch.empty(shape, dtype=batch.float_dtype, device=device)
         for block, values in batch.row_blocks():
             rows = values.movedim(batch.axis, -1).to(torch.float64)
-            y = (rows @ matrix + low) + mean if inverse else ((rows - mean) - low) @ matrix
+            y = (solution.backward(rows) + low) + mean if inverse else solution.forward((rows - mean) - low)
             out[block] = y.movedim(-1, batch.axis)
         return out
 
     def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> WhiteningModule:
-        solution, scatter = self._solve(), self._scatter()
+        solution, moments = self._solve(), self._stats.moments
         return WhiteningModule(
-            scatter.mean,
-            scatter.mean_low,
+            moments.mean,
+            moments.mean_low,
             solution.dewhitening if inverse else solution.whitening,
             channel_axis=self.channel_axis,
             inverse=inverse,
@@ -264,25 +302,24 @@ class Whitener(Normalizer):
         )
 
     def _linear_map(self) -> LinearMap:
-        solution, scatter = self._solve(), self._scatter()
-        spreads = (solution.dewhitening, scatter.std())
-        return LinearMap(scatter.mean, scatter.mean_low, solution.whitening, 0.0, scatter.mean, spreads)
+        solution, moments = self._solve(), self._stats.moments
+        spreads = (solution.dewhitening, moments.std())
+        return LinearMap(moments.mean, moments.mean_low, solution.whitening, 0.0, moments.mean, spreads)
 
     # Saving: the solution too, so that the same file gives the same transform on every machine.
 
     def _extra_state(self) -> dict[str, Tensor]:
-        solution = self._solve()
-        numbers = torch.tensor([float(solution.rank), solution.intensity], dtype=torch.float64)
-        matrices = {name: getattr(solution, name) for name in _MATRICES}
-        return {"solution.numbers": numbers, **{f"solution.{name}": tensor for name, tensor in matrices.items()}}
+        return {f"solution.{name}": tensor for name, tensor in self._solve().to_dict().items()}
 
     def _read_state(self, tensors: dict[str, Tensor]) -> None:
         prefix = "solution."
-        solved = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        solution = read_whitening({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         learned = {name: t for name, t in tensors.items() if not name.startswith(prefix)}
-        if set(solved) != {"numbers", *_MATRICES}:
-            raise InputError(f"a Whitener needs its solution's tensors, got {sorted(solved)}")
-        self._stats = (FourthMoments if "fourth" in learned else Scatter).from_dict(learned)
+        if "randomized" in learned:
+            self._stats = Sketch.from_dict(learned)
+        else:
+            keep = {"auto": self.n_features_in_, "eigh": 0, "gram": None}.get(self.solver, 0)
+            fourth = self.shrinkage == "ledoit-wolf"
+            self._stats = SecondMoments.from_dict(learned, fourth=fourth, keep=keep)
         self._publish()
-        rank, intensity = solved.pop("numbers").tolist()
-        self._solution = Whitening(**solved, rank=int(rank), intensity=intensity)
+        self._solution = solution

@@ -1,0 +1,198 @@
+"""Solved whitenings: applied in factors, so that a matrix of features x features is made only where it saves work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from batchnorm._errors import InputError
+from batchnorm.preprocessing.memory import available_memory, refuse_beyond_memory
+
+
+class Whitening(Protocol):
+    """A solution, float64: ``y = W d`` and ``d = D y`` for deviations ``d`` from the mean.
+
+    ``whitening`` is ``W`` (outputs, features) and ``dewhitening`` ``D`` (features, outputs), its inverse on the
+    directions kept. ``components`` (k, features): the directions kept, as rows, by falling variance; ``variance`` and
+    ``ratio`` (k,): the data's variance along each and its share of the total. Empty (0, ...) for Cholesky, which has
+    none. ``rank``: the number of directions with variance. ``intensity``: of the shrinkage.
+    """
+
+    @property
+    def whitening(self) -> Tensor: ...
+    @property
+    def dewhitening(self) -> Tensor: ...
+    @property
+    def components(self) -> Tensor: ...
+    @property
+    def variance(self) -> Tensor: ...
+    @property
+    def ratio(self) -> Tensor: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def intensity(self) -> float: ...
+    @property
+    def num_outputs(self) -> int: ...
+    def forward(self, rows: Tensor) -> Tensor: ...
+    def backward(self, rows: Tensor) -> Tensor: ...
+    def gain(self, std: Tensor) -> Tensor: ...
+    def to_dict(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixWhitening:
+    """A whitening given by its matrices."""
+
+    whitening: Tensor
+    dewhitening: Tensor
+    components: Tensor
+    variance: Tensor
+    ratio: Tensor
+    rank: int
+    intensity: float
+
+    @property
+    def num_outputs(self) -> int:
+        """The width of what comes out."""
+        return self.whitening.shape[0]
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Whiten deviations from the mean, (n, features) to (n, outputs), in their dtype."""
+        return rows @ self.whitening.T.to(rows)
+
+    def backward(self, rows: Tensor) -> Tensor:
+        """The deviations again, (n, outputs) to (n, features)."""
+        return rows @ self.dewhitening.T.to(rows)
+
+    def gain(self, std: Tensor) -> Tensor:
+        """``sqrt(sum_j W_ij^2 std_j^2)`` (outputs,): how large an output would be if features were independent."""
+        return (self.whitening.square() @ std.square()).sqrt()
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name, for saving."""
+        names = ("whitening", "dewhitening", "components", "variance", "ratio")
+        numbers = torch.tensor([float(self.rank), self.intensity], dtype=torch.float64)
+        return {"numbers": numbers, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True, eq=False)
+class EigenWhitening:
+    """``W = diag(1 / deviation) components diag(1 / scale)``; with ``rotate_back`` ``components^T`` in front of that.
+
+    ``deviation`` (k,): the deviation along each component that is brought to 1; ``scale`` (features,): what features
+    are divided by first. ``others``: with ``rotate_back``, the deviation of all directions that are not among the
+    components (shrinkage gives them one); 0 where they are projected out.
+    """
+
+    components: Tensor
+    variance: Tensor
+    ratio: Tensor
+    deviation: Tensor
+    scale: Tensor
+    others: float
+    rotate_back: bool
+    rank: int
+    intensity: float
+
+    @property
+    def num_outputs(self) -> int:
+        """The width of what comes out."""
+        return self.components.shape[1 if self.rotate_back else 0]
+
+    @cached_property
+    def scaled(self) -> bool:
+        """Whether features are divided by anything but 1."""
+        return bool((self.scale != 1).any())
+
+    def _inner(self, outer: Tensor | None, factor: Tensor, others: float) -> Tensor:
+        """``components^T diag(factor) components`` and ``others`` times the identity on the remaining directions."""
+        p = self.components.shape[1]
+        refuse_beyond_memory(8 * p * p, f"a matrix of {p} x {p}", "transform applies its factors without it")
+        matrix = self.components.T @ (self.components * (factor - others).unsqueeze(1))
+        matrix.diagonal().add_(others)
+        return matrix if outer is None else matrix.mul_(outer)
+
+    @cached_property
+    def _square(self) -> Tensor:
+        """``W`` of a form that rotates back, kept: making it costs as much as whitening as many samples as features."""
+        others = 1 / self.others if self.others else 0.0
+        return self._inner(1 / self.scale if self.scaled else None, self.deviation.reciprocal(), others)
+
+    @property
+    def whitening(self) -> Tensor:
+        """``W``, (outputs, features). Raises InputError where it exceeds the memory."""
+        if self.rotate_back:
+            return self._square
+        return self.components / self.deviation.unsqueeze(1) / self.scale
+
+    @property
+    def dewhitening(self) -> Tensor:
+        """``D``, (features, outputs). Raises InputError where it exceeds the memory."""
+        if self.rotate_back:
+            return self._inner(self.scale.unsqueeze(1), self.deviation, self.others)
+        return (self.components * self.deviation.unsqueeze(1)).T * self.scale.unsqueeze(1)
+
+    @property
+    def factored(self) -> bool:
+        """Whether a form that rotates back is applied as two products of k columns, not as one matrix."""
+        k, p = self.components.shape
+        available = available_memory()
+        return 2 * k < p or (available is not None and 8 * p * p > available)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Whiten deviations from the mean, (n, features) to (n, outputs), in their dtype."""
+        if self.rotate_back and not self.factored:
+            return rows @ self._square.T.to(rows)
+        scaled = rows / self.scale.to(rows) if self.scaled else rows
+        components, factor = self.components.to(rows), self.deviation.reciprocal().to(rows)
+        along = scaled @ components.T
+        if not self.rotate_back:
+            return along.mul_(factor)
+        others = 1 / self.others if self.others else 0.0
+        out = along.mul_(factor - others) @ components
+        return out.add_(scaled, alpha=others) if others else out
+
+    def backward(self, rows: Tensor) -> Tensor:
+        """The deviations again, (n, outputs) to (n, features)."""
+        components, factor = self.components.to(rows), self.deviation.to(rows)
+        if self.rotate_back:
+            out = (rows @ components.T).mul_(factor - self.others) @ components
+            out = out.add_(rows, alpha=self.others) if self.others else out
+        else:
+            out = (rows * factor) @ components
+        return out.mul_(self.scale.to(rows)) if self.scaled else out
+
+    def gain(self, std: Tensor) -> Tensor:
+        """``sqrt(sum_j W_ij^2 std_j^2)`` (outputs,): how large an output would be if features were independent."""
+        if self.rotate_back:
+            return (self._square.square() @ std.square()).sqrt()
+        return (self.components.square() @ (std / self.scale).square()).sqrt() / self.deviation
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name, for saving."""
+        names = ("components", "variance", "ratio", "deviation", "scale")
+        numbers = torch.tensor(
+            [float(self.rank), self.intensity, float(self.rotate_back), self.others], dtype=torch.float64
+        )
+        return {"numbers": numbers, **{name: getattr(self, name) for name in names}}
+
+
+_MATRICES = {"whitening", "dewhitening", "components", "variance", "ratio"}
+_FACTORS = {"components", "variance", "ratio", "deviation", "scale"}
+
+
+def read_whitening(tensors: dict[str, Tensor]) -> Whitening:
+    """Read what ``to_dict`` gave. Raises InputError where tensors are missing or superfluous."""
+    rest = {name: tensor for name, tensor in tensors.items() if name != "numbers"}
+    numbers = tensors["numbers"].tolist() if "numbers" in tensors else []
+    if set(rest) == _MATRICES and len(numbers) == 2:
+        return MatrixWhitening(**rest, rank=int(numbers[0]), intensity=numbers[1])
+    if set(rest) == _FACTORS and len(numbers) == 4:
+        rank, intensity, back, others = numbers
+        return EigenWhitening(**rest, others=others, rotate_back=bool(back), rank=int(rank), intensity=intensity)
+    raise InputError(f"a Whitener needs its solution's tensors, got {sorted(tensors)}")
