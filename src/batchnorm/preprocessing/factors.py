@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ class Whitening(Protocol):
     directions kept. ``components`` (k, features): the directions kept, as rows, by falling variance; ``variance`` and
     ``ratio`` (k,): the data's variance along each and its share of the total. Empty (0, ...) for Cholesky, which has
     none. ``rank``: the number of directions with variance. ``intensity``: of the shrinkage.
+
+    ``forward`` whitens deviations from the mean, (n, features) to (n, outputs), and ``backward`` makes deviations
+    again; both in float64, on the device of all, into ``out``, which they give back, and both may write into ``rows``.
     """
 
     @property
@@ -38,10 +41,16 @@ class Whitening(Protocol):
     def intensity(self) -> float: ...
     @property
     def num_outputs(self) -> int: ...
-    def forward(self, rows: Tensor) -> Tensor: ...
-    def backward(self, rows: Tensor) -> Tensor: ...
-    def gain(self, std: Tensor) -> Tensor: ...
+    def to(self, device: torch.device) -> Self: ...
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor: ...
+    def backward(self, rows: Tensor, out: Tensor) -> Tensor: ...
     def to_dict(self) -> dict[str, Tensor]: ...
+
+
+def moved(solution: Any, device: torch.device) -> Any:
+    """A dataclass with all of its tensors on ``device``."""
+    values = {f.name: getattr(solution, f.name) for f in fields(solution)}
+    return replace(solution, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +70,17 @@ class MatrixWhitening:
         """The width of what comes out."""
         return self.whitening.shape[0]
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Whiten deviations from the mean, (n, features) to (n, outputs), in their dtype."""
-        return rows @ self.whitening.T.to(rows)
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return self if device == self.whitening.device else moved(self, device)
 
-    def backward(self, rows: Tensor) -> Tensor:
-        """The deviations again, (n, outputs) to (n, features)."""
-        return rows @ self.dewhitening.T.to(rows)
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Whiten ``rows``."""
+        return torch.mm(rows, self.whitening.T, out=out)
 
-    def gain(self, std: Tensor) -> Tensor:
-        """``sqrt(sum_j W_ij^2 std_j^2)`` (outputs,): how large an output would be if features were independent."""
-        return (self.whitening.square() @ std.square()).sqrt()
+    def backward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Undo ``forward``."""
+        return torch.mm(rows, self.dewhitening.T, out=out)
 
     def to_dict(self) -> dict[str, Tensor]:
         """Its tensors by name, for saving."""
@@ -137,41 +146,40 @@ class EigenWhitening:
             return self._inner(self.scale.unsqueeze(1), self.deviation, self.others)
         return (self.components * self.deviation.unsqueeze(1)).T * self.scale.unsqueeze(1)
 
-    @property
+    @cached_property
     def factored(self) -> bool:
         """Whether a form that rotates back is applied as two products of k columns, not as one matrix."""
         k, p = self.components.shape
         available = available_memory()
         return 2 * k < p or (available is not None and 8 * p * p > available)
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Whiten deviations from the mean, (n, features) to (n, outputs), in their dtype."""
+    def to(self, device: torch.device) -> Self:
+        """The same on another device."""
+        return self if device == self.components.device else moved(self, device)
+
+    def forward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Whiten ``rows``."""
         if self.rotate_back and not self.factored:
-            return rows @ self._square.T.to(rows)
-        scaled = rows / self.scale.to(rows) if self.scaled else rows
-        components, factor = self.components.to(rows), self.deviation.reciprocal().to(rows)
-        along = scaled @ components.T
+            return torch.mm(rows, self._square.T, out=out)
+        components, factor = self.components, self.deviation.reciprocal()
+        if self.scaled:
+            rows.div_(self.scale)
         if not self.rotate_back:
-            return along.mul_(factor)
+            return torch.mm(rows, components.T, out=out).mul_(factor)
         others = 1 / self.others if self.others else 0.0
-        out = along.mul_(factor - others) @ components
-        return out.add_(scaled, alpha=others) if others else out
+        torch.mm((rows @ components.T).mul_(factor - others), components, out=out)
+        return out.add_(rows, alpha=others) if others else out
 
-    def backward(self, rows: Tensor) -> Tensor:
-        """The deviations again, (n, outputs) to (n, features)."""
-        components, factor = self.components.to(rows), self.deviation.to(rows)
+    def backward(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Undo ``forward`` on the directions kept."""
+        components, factor = self.components, self.deviation
         if self.rotate_back:
-            out = (rows @ components.T).mul_(factor - self.others) @ components
-            out = out.add_(rows, alpha=self.others) if self.others else out
+            torch.mm((rows @ components.T).mul_(factor - self.others), components, out=out)
+            if self.others:
+                out.add_(rows, alpha=self.others)
         else:
-            out = (rows * factor) @ components
-        return out.mul_(self.scale.to(rows)) if self.scaled else out
-
-    def gain(self, std: Tensor) -> Tensor:
-        """``sqrt(sum_j W_ij^2 std_j^2)`` (outputs,): how large an output would be if features were independent."""
-        if self.rotate_back:
-            return (self._square.square() @ std.square()).sqrt()
-        return (self.components.square() @ (std / self.scale).square()).sqrt() / self.deviation
+            torch.mm(rows.mul_(factor), components, out=out)
+        return out.mul_(self.scale) if self.scaled else out
 
     def to_dict(self) -> dict[str, Tensor]:
         """Its tensors by name, for saving."""

@@ -24,6 +24,16 @@ from batchnorm.preprocessing.secondmoments import SecondMoments
 from batchnorm.preprocessing.sources import Source
 
 
+def _block_rows(width: int, device: torch.device) -> int:
+    """How many samples to multiply at a time: a block that stays in the second-level cache, unless samples are wide.
+
+    A product of few rows costs as much as reading the matrix; on an accelerator, as starting it.
+    """
+    if device.type != "cpu":
+        return max(1, 2**24 // width)
+    return max(1, 2**17 // width, min(256, 2**22 // width))
+
+
 class Whitener(Normalizer):
     """Whiten: ``y = W (x - mean)`` with ``W S W^T = I``, ``S`` the biased covariance (ddof 0) of the data.
 
@@ -278,16 +288,28 @@ class Whitener(Normalizer):
         return list(names)
 
     def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:  # noqa: ARG002 -- always a new tensor
-        solution, moments = self._solve(), self._stats.moments
-        device = batch.values.device
+        device, moments = batch.values.device, self._stats.moments
+        solution = self._solve().to(device)
         mean, low = moments.mean.to(device), moments.mean_low.to(device)
+        width, outputs = batch.num_channels, moments.num_features if inverse else solution.num_outputs
         shape = list(batch.values.shape)
-        shape[batch.axis] = moments.num_features if inverse else solution.num_outputs
+        shape[batch.axis] = outputs
         out = torch.empty(shape, dtype=batch.float_dtype, device=device)
-        for block, values in batch.row_blocks():
-            rows = values.movedim(batch.axis, -1).to(torch.float64)
-            y = (solution.backward(rows) + low) + mean if inverse else solution.forward((rows - mean) - low)
-            out[block] = y.movedim(-1, batch.axis)
+        # Float64 throughout, rounded once: products in float32 are 5 to 16 times further off even on white data.
+        positions = max(1, batch.values.numel() // (len(batch.values) * width))
+        step = min(len(batch.values), max(1, _block_rows(max(width, outputs), device) // positions))
+        # One buffer for all blocks: fresh memory would cost as much as the arithmetic on it.
+        rows, result = (torch.empty(step * positions, n, dtype=torch.float64, device=device) for n in (width, outputs))
+        for start in range(0, len(batch.values), step):
+            block = batch.values[start : start + step].movedim(batch.axis, -1)
+            count = block.numel() // width
+            x, y = rows[:count], result[:count]
+            x.view(block.shape).copy_(block)
+            if inverse:
+                solution.backward(x, y).add_(low).add_(mean)
+            else:
+                solution.forward(x.sub_(mean).sub_(low), y)
+            out[start : start + step] = y.view(*block.shape[:-1], outputs).movedim(-1, batch.axis)
         return out
 
     def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> WhiteningModule:
