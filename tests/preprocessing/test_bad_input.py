@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,27 @@ BAD_FITS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         InputError,
         "expected numbers, got .* in column 'a': encode or drop",
     ),
+    (np.array([[1, "x"], [2, 3]], dtype=object), {}, InputError, r"got text \('x'\) in row 0, column 1"),
+    (np.array([["1", "2"], ["3", "4"]]), {}, InputError, r"got text \('1'\) in row 0, column 0"),
+    (np.full((2, 3), "2020", dtype="datetime64[D]"), {}, DtypeError, "got an array of datetime64"),
+    ([[1, 2], [3, [4]]], {}, ShapeError, "got lists of different lengths within the rows"),
+    ([], {}, ShapeError, "Expected 2D array, got 1D array"),
+    ([[]], {}, ShapeError, r"Found array with 0 feature\(s\)"),
+    (3.0, {}, ShapeError, "Expected 2D array, got 0D array"),
     (X * 1j, {}, InputError, "Complex data not supported"),
     (torch.ones(3, 3) * 1j, {}, DtypeError, "expected real numbers, got a tensor of torch.complex64"),
     (X, {"sample_weight": np.ones(3)}, ShapeError, r"sample_weight must have shape \(20,\).*got \(3,\)"),
     (X, {"sample_weight": [1.0] * 19 + [-1.0]}, InputError, "not negative, got -1.0 for row 19"),
     (X, {"sample_weight": np.zeros(20)}, InputError, "at least one non-zero number"),
+    (X, {"sample_weight": 0}, InputError, "at least one non-zero number"),
+    (X, {"sample_weight": -1.0}, InputError, "not negative, got -1.0 for row 0"),
+    (
+        X,
+        {"sample_weight": np.ones((20, 1))},
+        ShapeError,
+        r"must have shape \(20,\), one weight a sample, got \(20, 1\)",
+    ),
+    (X, {"sample_weight": [1.0] * 3 + [np.inf] + [1.0] * 16}, InputError, "must be finite .* got inf for row 3"),
     (X, {"sample_weight": ["a"] * 20}, InputError, "sample_weight must be numbers"),
     (
         X,
@@ -64,13 +81,14 @@ def test_a_failed_fit_says_why_and_changes_nothing(
     estimator: Any, x: Any, parameters: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     for fitted in (clone(estimator), clone(estimator).fit(X + 5)):
-        before = dict(vars(fitted))
+        before, written = dict(vars(fitted)), pickle.dumps(fitted)
         for learn in (fitted.fit, fitted.partial_fit):
             with pytest.raises(error, match=text) as caught:
                 learn(x, **parameters)
             assert isinstance(caught.value, BatchnormError)
             assert "\n" not in str(caught.value)
             assert vars(fitted) == before
+            assert pickle.dumps(fitted) == written
     np.testing.assert_array_equal(fitted.transform(X), clone(estimator).fit(X + 5).transform(X))
 
 
@@ -104,6 +122,43 @@ def test_transform_and_merge(estimator: Any) -> None:
         with pytest.raises(InputError):
             fitted.set_params(copy=False).transform(in_place)
         np.testing.assert_array_equal(in_place, before)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_other_names_are_refused_and_change_nothing(estimator: Any) -> None:
+    fitted = clone(estimator).fit(pd.DataFrame(X, columns=["a", "b", "c"]))
+    written = pickle.dumps(fitted)
+    for names in (["a", "c", "b"], ["a", "b", "z"]):
+        other = pd.DataFrame(X, columns=names)
+        for call in (fitted.transform, fitted.partial_fit):
+            with pytest.raises(InputError, match="feature names should match those that were passed during fit"):
+                call(other)
+        with pytest.raises(InputError, match="other names"):
+            fitted.merge(clone(estimator).fit(other))
+    assert pickle.dumps(fitted) == written
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_an_interrupted_fit_changes_nothing(estimator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    fitted = clone(estimator).fit(X)
+    written = pickle.dumps(fitted)
+    monkeypatch.setattr(type(fitted), "_publish", interrupted)
+    for call in (fitted.fit, fitted.partial_fit):
+        with pytest.raises(KeyboardInterrupt):
+            call(X)
+    with pytest.raises(KeyboardInterrupt):
+        fitted.merge(pickle.loads(written))
+    assert pickle.dumps(fitted) == written
+
+
+def test_what_a_mask_hides_is_missing() -> None:
+    hidden = np.ma.masked_array([[1.0, 2], [3, 5], [9, 9]], mask=[[0, 0], [0, 0], [0, 1]])
+    np.testing.assert_allclose(StandardScaler().fit_transform(hidden)[:, 1], [-1, 1, np.nan])
+    whole = np.ma.masked_array([[1, 2], [3, 5], [9, 9]], mask=[[0, 0], [0, 0], [0, 1]])
+    assert StandardScaler().fit(whole).n_samples_seen_.tolist() == [3, 2]
 
 
 def test_overflow_of_float64() -> None:

@@ -67,9 +67,9 @@ class Whitener(Normalizer):
         Where memory would not do, ``fit`` says so beforehand.
     random_state: the start of "randomized": an int, with which two fits are the same, or as in scikit-learn.
 
-    Attributes, float64
-    -------------------
-    whitening_ (outputs, features), dewhitening_ (features, outputs), mean_ (features,); not for "cholesky":
+    Attributes
+    ----------
+    In float64: whitening_ (outputs, features), dewhitening_ (features, outputs), mean_ (features,); not for "cholesky":
     components_ (n_components_, features), the eigenvectors as rows, by falling variance, each with the sign that makes
     the first of its largest entries positive; explained_variance_ (the data's, before shrinking and ``eps``) and
     explained_variance_ratio_. rank_, shrinkage_ (the intensity used), n_samples_seen_, n_features_in_,
