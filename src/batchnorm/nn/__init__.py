@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.nn import functional, state
+from batchnorm.nn.alignment import CORALLoss, coral_loss
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.complex_batch_norm import ComplexBatchNorm1d, ComplexBatchNorm2d, ComplexBatchNorm3d
 from batchnorm.nn.frozen import FrozenBatchNorm, FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
@@ -21,6 +22,7 @@ __all__ = [
     "BatchRenorm1d",
     "BatchRenorm2d",
     "BatchRenorm3d",
+    "CORALLoss",
     "ComplexBatchNorm1d",
     "ComplexBatchNorm2d",
     "ComplexBatchNorm3d",
@@ -40,6 +42,7 @@ __all__ = [
     "NormOutsideGradient",
     "SyncBatchNorm",
     "WhitenedLinear",
+    "coral_loss",
     "functional",
     "state",
 ]

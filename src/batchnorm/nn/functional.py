@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm.nn.alignment import coral_loss
 from batchnorm.ops.functional import batch_norm
 
-__all__ = ["State", "batch_norm", "batch_norm_with_state", "call_with_state"]
+__all__ = ["State", "batch_norm", "batch_norm_with_state", "call_with_state", "coral_loss"]
 
 
 class State(NamedTuple):

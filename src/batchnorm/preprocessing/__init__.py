@@ -8,10 +8,11 @@ estimator, ``save(path)`` and :func:`load` keep it, without pickle.
 
 from __future__ import annotations
 
+from batchnorm.preprocessing.alignment import CORAL
 from batchnorm.preprocessing.centering import MeanSubtractor
 from batchnorm.preprocessing.saving import load
 from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
 from batchnorm.preprocessing.sources import open_source
 from batchnorm.preprocessing.whitening import Whitener
 
-__all__ = ["MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load", "open_source"]
+__all__ = ["CORAL", "MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load", "open_source"]

@@ -19,7 +19,7 @@ from batchnorm._errors import BatchnormError, InputError, OutputError, Statistic
 from batchnorm.preprocessing.base import Normalizer
 
 # The classes of `batchnorm.preprocessing` that can be saved and loaded, by name.
-SAVED_CLASSES = ("MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener")
+SAVED_CLASSES = ("CORAL", "MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener")
 
 _FORMAT = "batchnorm.preprocessing"
 _VERSION = 1
