@@ -10,7 +10,10 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("page", "least"), [("layers.md", 10), ("whitening.md", 3), ("interoperability.md", 3)])
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("layers.md", 10), ("whitening.md", 3), ("interoperability.md", 3), ("domain-adaptation.md", 5)],
+)
 def test_every_example_runs(page, least):
     path = DOCS / page
     text = path.read_text(encoding="utf-8")
