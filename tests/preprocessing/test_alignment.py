@@ -282,6 +282,24 @@ def test_the_module() -> None:
     assert torch.equal(other(source), module(source))
 
 
+def test_folding_into_the_layer_behind() -> None:
+    fitted = CORAL().fit(S, T)
+    linear = torch.nn.Linear(4, 3).double()
+    x = torch.from_numpy(S)
+    torch.testing.assert_close(fitted.fold_into(linear)(x), linear(fitted.transform(x)), rtol=1e-11, atol=1e-11)
+    images = torch.randn(6, 4, 5, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 2
+    fitted = CORAL(channel_axis=1, match_mean=False).fit(images, torch.randn(7, 4, 3, 3, dtype=torch.float64))
+    convolution = torch.nn.Conv2d(4, 2, 3).double()
+    folded = fitted.fold_into(convolution)
+    torch.testing.assert_close(folded(images), convolution(fitted.transform(images)), rtol=1e-10, atol=1e-10)
+
+
+def test_more_features_than_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.preprocessing.memory.available_memory", lambda: 700)
+    with pytest.raises(InputError, match=r"alignment of 4 features needs .* GB .*: reduce them first, by Whitener"):
+        CORAL().fit(S, T)
+
+
 def test_files(tmp_path: Path) -> None:
     names = ["a", "b", "c", "d"]
     source, target = (pd.DataFrame(x, columns=names) for x in (S, T))
@@ -394,8 +412,9 @@ BAD_FITS: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (with_value(S, np.inf), T, {}, InputError, "^Input X contains infinity: row 7, column 2"),
     (S, with_value(T, -np.inf), {}, InputError, "target: Input X contains infinity: row 7, column 2"),
     (S, T * 1e200, {}, InputError, "target: Input X holds values too large"),
+    (S, [], {}, ShapeError, "target: "),
     (S, T[:0], {}, ShapeError, r"target: Found array with 0 sample\(s\)"),
-    (S, [["a"] * 4], {}, InputError, "target: expected numbers, got text in X"),
+    (S, [["a"] * 4], {}, InputError, "target: expected numbers, got text"),
     (S, torch.from_numpy(T) * 1j, {}, DtypeError, "target: expected real numbers, got a tensor of torch.complex128"),
     (S, T, {"sample_weight": np.ones(80)}, ShapeError, r"^sample_weight must have shape \(60,\)"),
     (S, T, {"target_weight": np.ones(60)}, ShapeError, r"target: sample_weight must have shape \(80,\)"),

@@ -17,9 +17,10 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from batchnorm._errors import BatchnormError, InputError
-from batchnorm.moments import Scatter
+from batchnorm.moments import Moments, Scatter
 from batchnorm.preprocessing.base import Array, Normalizer, samples_seen
-from batchnorm.preprocessing.domains import Alignment, Domains, Learned, Spectrum
+from batchnorm.preprocessing.domains import Alignment, Domains, Learned, Roots, learn
+from batchnorm.preprocessing.folding import LinearMap
 from batchnorm.preprocessing.inputs import Batch, read, read_weights, refuse_infinite
 from batchnorm.preprocessing.modules import ScalingModule, WhiteningModule
 from batchnorm.preprocessing.shrinkage import FourthMoments
@@ -152,8 +153,7 @@ class CORAL(Normalizer):
         return super()._read_part(source, part, reset=reset and not hasattr(self, "n_features_in_"), **options)
 
     def _statistics(self, batch: Batch, weights: Tensor | None) -> Learned:
-        kind = FourthMoments if self.shrinkage == "ledoit-wolf" else Scatter
-        stats = kind.from_batch(batch.values, channel_axis=batch.axis, weights=weights, skip_nan=True).to("cpu")
+        stats = learn(batch.values, batch.axis, weights, fourth=self.shrinkage == "ledoit-wolf")
         self._refuse_unusable(batch, *stats.to_dict().values())
         if self.__sklearn_is_fitted__():
             self._check_same_statistics(Domains(source=stats))
@@ -190,21 +190,13 @@ class CORAL(Normalizer):
         if self._solution is None:
             self._check_parameters()
             shrinkage: Any = self.shrinkage
-            source, target = (
-                Spectrum.of(
-                    self._known(domain),
-                    shrinkage=shrinkage if shrinkage is None or isinstance(shrinkage, str) else float(shrinkage),
-                    regularization=float(self.regularization),
-                    tolerance=None if self.tol is None else float(self.tol),
-                )
-                for domain in ("source", "target")
-            )
-            self._solution = Alignment(
-                target.power(0.5) @ source.power(-0.5),
-                source.power(0.5) @ target.power(-0.5),
-                (source.variance.shape[0], target.variance.shape[0]),
-                (source.intensity, target.intensity),
-            )
+            options: dict[str, Any] = {
+                "shrinkage": shrinkage if shrinkage is None or isinstance(shrinkage, str) else float(shrinkage),
+                "regularization": float(self.regularization),
+                "tolerance": None if self.tol is None else float(self.tol),
+            }
+            source, target = (Roots.of(self._known(domain), **options) for domain in ("source", "target"))
+            self._solution = Alignment.of(source, target)
         return self._solution
 
     def _known(self, domain: str) -> Learned:
@@ -221,9 +213,10 @@ class CORAL(Normalizer):
         stats = self._known(domain)
         return stats.base if isinstance(stats, FourthMoments) else stats
 
-    def _means(self) -> tuple[Scatter, Scatter]:
-        """Whose means are taken out and put in."""
-        return self._scatter("source"), self._scatter("target" if self.match_mean else "source")
+    def _moments(self) -> tuple[Moments, Moments]:
+        """Those whose mean is taken out, and those whose mean is put in."""
+        put_in = "target" if self.match_mean else "source"
+        return self._scatter("source").moments(), self._scatter(put_in).moments()
 
     # What was learned
 
@@ -280,7 +273,7 @@ class CORAL(Normalizer):
 
     def _map(self, batch: Batch, inverse: bool, copy: bool | None) -> Tensor:  # noqa: ARG002 -- always a new tensor
         solution, device = self._solve(), batch.values.device
-        taken, given = (scatter.to(device) for scatter in self._means()[:: -1 if inverse else 1])
+        taken, given = (moments.to(device) for moments in self._moments()[:: -1 if inverse else 1])
         matrix = (solution.inverse if inverse else solution.matrix).to(device).T
         out = torch.empty_like(batch.values, dtype=batch.float_dtype)
         for block, values in batch.row_blocks():
@@ -291,13 +284,18 @@ class CORAL(Normalizer):
 
     def to_module(self, dtype: torch.dtype = torch.float32, *, inverse: bool = False) -> nn.Module:
         solution = self._solve()
-        taken, given = self._means()[:: -1 if inverse else 1]
+        taken, given = self._moments()[:: -1 if inverse else 1]
         options: dict[str, Any] = {"channel_axis": self.channel_axis, "dtype": dtype}
         matrix = solution.inverse if inverse else solution.matrix
         return nn.Sequential(
             WhiteningModule(taken.mean, taken.mean_low, matrix, **options),
             ScalingModule(-given.mean, -given.mean_low, torch.ones_like(given.mean), **options),
         )
+
+    def _linear_map(self) -> LinearMap:
+        taken, given = self._moments()
+        spreads = (Roots.of(self._known("source")).power(0.5), taken.std())
+        return LinearMap(taken.mean, taken.mean_low, self._solve().matrix, given.mean, taken.mean, spreads)
 
     # Saving: the solution too, so that the same file gives the same transform on every machine.
 
@@ -323,8 +321,8 @@ def _target(y: Any, target: Any) -> Any:
     if target is not None or y is None:
         return target
     shape = getattr(y, "shape", None)
-    if shape is None and isinstance(y, (list, tuple)):
-        shape = np.shape(y[0]) if not y or np.isscalar(y[0]) else (1, 1)
+    if isinstance(y, (list, tuple)) and y and np.isscalar(y[0]):
+        shape = (len(y),)
     if shape is not None and len(shape) < 2:
         raise InputError(
             "expected the target's data, (n, features), as second argument, got one value a sample, which looks like "

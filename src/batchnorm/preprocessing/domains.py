@@ -13,9 +13,23 @@ from batchnorm._errors import InputError, ShapeError
 from batchnorm.moments import Scatter
 from batchnorm.preprocessing.base import is_constant
 from batchnorm.preprocessing.decomposition import default_tolerance
+from batchnorm.preprocessing.memory import refuse_beyond_memory
 from batchnorm.preprocessing.shrinkage import FourthMoments, ledoit_wolf_intensity, shrink
+from batchnorm.preprocessing.spectrum import spectrum_of
 
 Learned = Scatter | FourthMoments
+
+
+def learn(x: Tensor, channel_axis: int, weights: Tensor | None, *, fourth: bool) -> Learned:
+    """The products of the features of ``x``, without incomplete samples. Raises InputError beyond the memory."""
+    width = x.shape[channel_axis]
+    # Two domains' sums, and what solving takes beside; third and fourth moments.
+    refuse_beyond_memory(
+        (10 if fourth else 6) * 8 * width**2, f"alignment of {width} features", "reduce them first, by Whitener"
+    )
+    kind = FourthMoments if fourth else Scatter
+    stats: Learned = kind.from_batch(x, channel_axis=channel_axis, weights=weights, skip_nan=True).to("cpu")
+    return stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,35 +82,43 @@ def _merged(a: Learned | None, b: Learned | None) -> Learned | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """A domain's covariance, shrunk and regularized, by its eigenvectors (features, k): those that have variance."""
+class Roots:
+    """The symmetric powers of a domain's covariance, shrunk and regularized, on the directions that have variance.
+
+    ``variance`` (k,) and ``components`` (k, features) of those; ``intensity`` of the shrinkage.
+    """
 
     variance: Tensor
-    vectors: Tensor
+    components: Tensor
     intensity: float
 
     @classmethod
     def of(
-        cls, stats: Learned, *, shrinkage: str | float | None, regularization: float, tolerance: float | None
+        cls,
+        stats: Learned,
+        *,
+        shrinkage: str | float | None = None,
+        regularization: float = 0.0,
+        tolerance: float | None = None,
     ) -> Self:
         """Decompose the covariance of ``stats``."""
         scatter = stats.base if isinstance(stats, FourthMoments) else stats
         # The rounding errors of a constant feature must not pass for a direction of its own.
         varies = (~is_constant(scatter.moments())).to(torch.float64)
-        matrix = scatter.cov() * torch.outer(varies, varies)
+        matrix = scatter.cov().mul_(varies).mul_(varies.unsqueeze(1))
         intensity = 0.0 if shrinkage is None or isinstance(shrinkage, str) else shrinkage
-        if isinstance(stats, FourthMoments):
+        if isinstance(stats, FourthMoments) and shrinkage is not None:
             intensity = ledoit_wolf_intensity(stats, matrix, torch.ones_like(varies))
-        variance, vectors = torch.linalg.eigh(shrink(matrix, intensity))
-        variance = variance.clamp_min(0) + regularization
+        spectrum = spectrum_of(shrink(matrix, intensity))
+        variance = spectrum.variance + regularization
         if tolerance is None:
             tolerance = default_tolerance(scatter.num_features)
-        kept = (variance > tolerance * variance[-1]) & (variance > 0)
-        return cls(variance[kept], vectors[:, kept], intensity)
+        kept = (variance > tolerance * variance[0]) & (variance > 0)
+        return cls(variance[kept], spectrum.components[kept], intensity)
 
     def power(self, exponent: float) -> Tensor:
-        """The symmetric power; 0 on directions without variance, whatever the sign of ``exponent``."""
-        return (self.vectors * self.variance**exponent) @ self.vectors.T
+        """(features, features); 0 on directions without variance, whatever the sign of ``exponent``."""
+        return self.components.T @ (self.components * (self.variance**exponent).unsqueeze(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,3 +129,13 @@ class Alignment:
     inverse: Tensor
     ranks: tuple[int, int]
     intensities: tuple[float, float]
+
+    @classmethod
+    def of(cls, source: Roots, target: Roots) -> Self:
+        """``C_t^(1/2) C_s^(-1/2)``, and back."""
+        return cls(
+            target.power(0.5) @ source.power(-0.5),
+            source.power(0.5) @ target.power(-0.5),
+            (source.variance.shape[0], target.variance.shape[0]),
+            (source.intensity, target.intensity),
+        )

@@ -41,14 +41,14 @@ _SMALLEST = 1e-6
 class LinearMap:
     """``y = factor ((x - mean) - mean_low) + offset`` and the data it is for, all in float64.
 
-    ``factor``: (C,), feature by feature, or a matrix (outputs, C). Data are like ``centre + spread z`` with ``z`` of
-    unit variance, for each of ``spreads``: (C, K), and in the end (C,).
+    ``factor``: (C,), feature by feature, or a matrix (outputs, C); ``offset``: one number, or (outputs,). Data are like
+    ``centre + spread z`` with ``z`` of unit variance, for each of ``spreads``: (C, K), and in the end (C,).
     """
 
     mean: Tensor
     mean_low: Tensor
     factor: Tensor
-    offset: float
+    offset: float | Tensor
     centre: Tensor
     spreads: tuple[Tensor, ...]
 
@@ -66,9 +66,10 @@ class LinearMap:
         """y of x (N, C, *), float64."""
         along = (1, -1) + (1,) * (x.ndim - 2)
         centred = (x - self.mean.view(along)) - self.mean_low.view(along)
+        offset = self.offset.view(along) if isinstance(self.offset, Tensor) else self.offset
         if self.factor.ndim == 1:
-            return centred * self.factor.view(along) + self.offset
-        return torch.tensordot(self.factor, centred, dims=([1], [1])).movedim(0, 1) + self.offset
+            return centred * self.factor.view(along) + offset
+        return torch.tensordot(self.factor, centred, dims=([1], [1])).movedim(0, 1) + offset
 
     def draw(self, spread: Tensor, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Data (rows, C, *) for a ``size`` of (rows, *)."""
