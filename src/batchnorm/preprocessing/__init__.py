@@ -3,16 +3,29 @@
 NumPy arrays, torch tensors, pandas and polars frames come back as they came. Statistics are exact in float64 whatever
 the split of the data (``fit``, any sequence of ``partial_fit``, or ``merge`` of estimators fitted elsewhere). With
 ``channel_axis=1`` data are (N, C, *) and statistics per channel. ``to_module()`` makes an ``nn.Module`` of a fitted
-estimator, ``save(path)`` and :func:`load` keep it, without pickle.
+estimator, ``fold_into(layer)`` a part of the layer behind it, ``save(path)`` and :func:`load` keep it, without pickle;
+:func:`save_model` and :func:`load_model` keep it together with the network behind it.
 """
 
 from __future__ import annotations
 
 from batchnorm.preprocessing.alignment import CORAL
+from batchnorm.preprocessing.artefact import SavedModel, load_model, save_model
 from batchnorm.preprocessing.centering import MeanSubtractor
 from batchnorm.preprocessing.saving import load
 from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
 from batchnorm.preprocessing.sources import open_source
 from batchnorm.preprocessing.whitening import Whitener
 
-__all__ = ["CORAL", "MeanSubtractor", "MinMaxScaler", "StandardScaler", "Whitener", "load", "open_source"]
+__all__ = [
+    "CORAL",
+    "MeanSubtractor",
+    "MinMaxScaler",
+    "SavedModel",
+    "StandardScaler",
+    "Whitener",
+    "load",
+    "load_model",
+    "open_source",
+    "save_model",
+]

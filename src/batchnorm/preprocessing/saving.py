@@ -115,7 +115,7 @@ def from_bytes(data: bytes, label: str) -> Any:
     return estimator
 
 
-def write_whole(path: str | PathLike[str], data: bytes, what: str) -> None:
+def write_whole(path: str | PathLike[str], data: bytes | memoryview, what: str) -> None:
     """Write ``data`` beside ``path`` and rename it when whole, so that no reader meets half a file.
 
     Raises OutputError, in which ``what`` names the data; an older file at ``path`` then stays as it was.
