@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+import scipy.sparse
 import torch
 from sklearn.exceptions import NotFittedError
 from torch import nn
@@ -213,8 +214,16 @@ class TestData:
             model(x)
         x.iloc[3, 1] = np.nan
         assert np.isnan(model(x)).any(1).nonzero()[0].tolist() == [3]
-        with pytest.raises(InputError, match="expected numbers, got text"):
+        with pytest.raises(InputError, match="expected numbers, got str in column 'a'"):
             model(FRAME.astype(str) + " m")
+
+    def test_sparse_data(self, tmp_path: Path) -> None:
+        scaler = StandardScaler(with_mean=False).fit(scipy.sparse.csr_array(X))
+        with pytest.raises(DtypeError, match="expected dense data for the network, got sparse ones"):
+            save_model(tmp_path / "m", scaler, trained(), scipy.sparse.csr_array(X))
+        save_model(tmp_path / "m", scaler, trained(), X)
+        with pytest.raises(DtypeError, match=r"got sparse ones: X\.toarray\(\), or X\.to_dense\(\)"):
+            load_model(tmp_path / "m")(scipy.sparse.csr_array(X))
 
     def test_data_more_precise_than_the_example(self, tmp_path: Path) -> None:
         save_model(tmp_path / "m", StandardScaler().fit(X), trained(), torch.from_numpy(X).float())

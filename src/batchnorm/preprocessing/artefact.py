@@ -27,6 +27,7 @@ from batchnorm._errors import DtypeError, InputError, ShapeError, StatisticsFile
 from batchnorm.preprocessing.base import Normalizer
 from batchnorm.preprocessing.inputs import read, refuse_infinite
 from batchnorm.preprocessing.saving import from_bytes, to_bytes, write_whole
+from batchnorm.preprocessing.sparse import SparseBatch
 
 _FORMAT = "batchnorm.model"
 _VERSION = 1
@@ -84,9 +85,7 @@ class SavedModel:
         fitted ones; ShapeError for another width or size. A DtypeError refuses data more precise than the ``dtype`` of
         the example that the model was saved with, as rounding raw data may lose all that varies.
         """
-        batch = read(self.estimator, X, reset=False)
-        refuse_infinite(self.estimator, batch)
-        values = batch.values
+        values = _raw(self.estimator, X)
         if tuple(values.shape[1:]) != self.shape:
             raise ShapeError(f"expected data of shape {_shown(self.shape)}, got {_shown(values.shape[1:])}")
         if torch.promote_types(values.dtype, self.dtype) != self.dtype:
@@ -119,9 +118,7 @@ def save_model(path: str | PathLike[str], estimator: Normalizer, network: nn.Mod
         raise DtypeError(f"expected the network to be an nn.Module, got {type(network).__name__}")
     check_is_fitted(estimator)
     statistics = to_bytes(estimator)
-    batch = read(estimator, example, reset=False)
-    refuse_infinite(estimator, batch)
-    x = batch.values.cpu()
+    x = _raw(estimator, example).cpu()
     x = x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x  # one row would be taken for a constant
     program = _export(_fronted(estimator, network, x.dtype), x)
     header = {"format": _FORMAT, "version": _VERSION, "dtype": str(x.dtype).partition(".")[2], "shape": x.shape[1:]}
@@ -165,6 +162,15 @@ def load_model(path: str | PathLike[str], device: str | torch.device | None = No
                 raise StatisticsFileError(f"{label} holds a program that torch cannot read: {_line(error)}") from error
     except OSError as error:
         raise StatisticsFileError(f"cannot read the model {label}: {error.strerror or error}") from error
+
+
+def _raw(estimator: Normalizer, X: Any) -> Tensor:
+    """Data that the estimator would transform, as a tensor."""
+    batch = read(estimator, X, reset=False)
+    if isinstance(batch, SparseBatch):
+        raise DtypeError("expected dense data for the network, got sparse ones: X.toarray(), or X.to_dense()")
+    refuse_infinite(estimator, batch)
+    return batch.values
 
 
 def _fronted(estimator: Normalizer, network: nn.Module, dtype: torch.dtype) -> _Fronted:
