@@ -57,7 +57,7 @@ def test_a_transformed_stream_is_a_stream() -> None:
 
 
 def test_a_memory_map_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batchnorm.preprocessing.sources.streams.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("batchnorm.preprocessing.sources.source.PART_BYTES", 1000)
     np.save(tmp_path / "x.npy", X)
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     assert len(list(open_source(mapped))) == 4

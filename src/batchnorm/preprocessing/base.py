@@ -19,7 +19,7 @@ from batchnorm._errors import BatchnormError, DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments
 from batchnorm.preprocessing.front import FrontOfNetwork
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
-from batchnorm.preprocessing.sources import Part, Source, is_stream, open_source
+from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source, reads_in_blocks
 
 Array = NDArray[Any]
 
@@ -197,7 +197,7 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
                 for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
                     delattr(self, name)
             known = None if afresh else self._stats
-            if self._is_stream(X) or isinstance(X, np.memmap):
+            if self._is_stream(X) or reads_in_blocks(X):
                 self._stats = self._learn_parts(open_source(X), sample_weight, known)
             else:
                 batch = read(self, X, reset=afresh)
@@ -212,14 +212,15 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
 
     def _is_stream(self, X: Any) -> bool:
         # A list of arrays of two or more dimensions is one array of samples where samples have such shapes.
-        return is_stream(X) and not (self.channel_axis is not None and isinstance(X, (list, tuple)))
+        one_array = self.channel_axis is not None and isinstance(X, (list, tuple)) and not is_paths(X)
+        return is_stream(X) and not one_array
 
     def _learn_parts(self, source: Source, sample_weight: Any, stats: Any) -> Any:
         """What ``stats`` (None for nothing) and the parts of ``source`` teach together."""
         weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64).reshape(-1)
         row, weighed = 0, False
         for part in source:
-            rows = len(part.values)
+            rows = part.rows
             if rows == 0:
                 continue
             if weights is not None and len(weights) < row + rows:
@@ -240,9 +241,11 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
         return stats
 
     def _read_part(self, source: Source, part: Part, *, reset: bool, **options: Any) -> Batch:
-        batch = read(self, part.values, reset=reset, first_row=part.row, **options)
-        if source.names is not None and options.get("check_names", True):
-            check_names(self, source.names, reset=reset)
+        if source.names is None or not options.get("check_names", True):
+            return read(self, part.values, reset=reset, first_row=part.row, **options)
+        # The source has the names, its arrays have none.
+        batch = read(self, part.values, reset=reset, first_row=part.row, **{**options, "check_names": False})
+        check_names(self, source.names, reset=reset)
         return batch
 
     def _roll_back(self, before: dict[str, Any]) -> None:
@@ -257,7 +260,7 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
 
     def _transform_parts(self, source: Source, inverse: bool) -> Iterator[Any]:
         for part in source:
-            if len(part.values) == 0:
+            if part.rows == 0:
                 continue
             with located(part):
                 batch = self._read_part(source, part, reset=False, **self._expected(inverse))
