@@ -114,6 +114,29 @@ def test_gradients_through_the_module(path: Path) -> None:
     assert {"front.mean_high", "network.out.weight"} <= set(module.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore")  # of the exporter, about torchvision
+def test_onnx_of_what_was_saved(path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, buffer = load_model(path), io.BytesIO()
+    torch.onnx.export(model.program, (torch.from_numpy(X[:3]),), buffer, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: X})
+    np.testing.assert_allclose(y, model(FRAME), rtol=0, atol=1e-6)
+
+
+@pytest.mark.cuda
+def test_saved_and_loaded_on_a_gpu(tmp_path: Path, gpu: str) -> None:
+    network = trained().to(gpu)
+    save_model(tmp_path / "m", StandardScaler().fit(X), network, torch.from_numpy(X).to(gpu))
+    assert all(parameter.device.type == "cuda" for parameter in network.parameters())
+    expected = load_model(tmp_path / "m")(X)
+    model = load_model(tmp_path / "m", device=gpu)
+    assert model.device.type == "cuda"
+    assert model(torch.from_numpy(X)).device.type == "cuda"
+    np.testing.assert_allclose(model(X), expected, rtol=0, atol=1e-5)
+
+
 def test_another_program_reads_it_without_the_class_and_without_pickle(path: Path) -> None:
     code = (
         "import pickle, sys\n"

@@ -406,3 +406,14 @@ def test_refusals_of_the_estimator() -> None:
     for estimator in ESTIMATORS:
         with pytest.raises(NotFittedError):
             clone(estimator).fold_into(nn.Linear(C, 2))
+
+
+@pytest.mark.cuda
+def test_a_layer_on_a_gpu(gpu: str) -> None:
+    for layer, spatial in ((nn.Linear(C, 2, bias=False), ()), (nn.Conv2d(C, 2, 3), (6, 5))):
+        fitted = StandardScaler(channel_axis=1 if spatial else None).fit(data(spatial))
+        expected = fitted.fold_into(layer)
+        folded = fitted.fold_into(layer.to(gpu))
+        assert all(parameter.device.type == "cuda" for parameter in folded.parameters())
+        assert torch.equal(folded.weight.cpu(), expected.weight)
+        assert torch.equal(folded.bias.cpu(), expected.bias)

@@ -247,3 +247,17 @@ def test_images_and_nan(estimator: Any) -> None:
     assert torch.isnan(module(x)).sum() in (1, 3)
     network = torch.nn.Sequential(module, torch.nn.Conv2d(3, 2, 3))
     assert network(torch.randn(2, 3, 4, 4)).shape == (2, 2, 2, 2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_on_a_gpu_as_on_the_cpu(estimator: Any, gpu: str) -> None:
+    x = data(offset=1e6)
+    fitted = clone(estimator).fit(x)
+    for inverse in (False, True):
+        module = fitted.to_module(inverse=inverse)
+        expected = module(x)
+        with torch.autocast("cuda"):
+            y = module.to(gpu)(x.to(gpu))
+        assert y.dtype == torch.float32
+        torch.testing.assert_close(y.cpu(), expected, rtol=2e-6, atol=2e-6)
