@@ -98,6 +98,15 @@ def test_raw_data_in_any_container(path: Path) -> None:
     assert os.listdir(path.parent) == ["model.pt2"]
 
 
+def test_streams_of_raw_data(path: Path) -> None:
+    model = load_model(path)
+    answers = list(model(iter([FRAME.iloc[:7], FRAME.iloc[7:8], FRAME.iloc[8:]])))
+    assert [len(y) for y in answers] == [7, 1, 52]
+    np.testing.assert_allclose(np.concatenate(answers), model(FRAME), rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="The feature names should match"):
+        list(model(iter([FRAME, FRAME[["b", "a", "c", "d"]]])))
+
+
 def test_the_estimator_inside_goes_on(path: Path) -> None:
     estimator = load_model(path).estimator
     expected = StandardScaler().fit(FRAME)
@@ -285,6 +294,16 @@ class TestWhatCannotBeSaved:
             match=r"the Linear does not take what the estimator gives, \(N, 4\): mat1 and mat2 shapes cannot",
         ):
             self.saved(tmp_path, network=nn.Linear(5, 2))
+        with pytest.raises(
+            InputError, match=r"the MultiheadAttention does not take what .* gives, \(N, 4\):"
+        ):
+            self.saved(tmp_path, network=nn.MultiheadAttention(4, 1))
+
+    def test_a_network_without_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="the LazyLinear has layers without weights yet: run a batch through it"):
+            self.saved(tmp_path, network=nn.LazyLinear(2))
+        with pytest.raises(InputError, match="the Linear cannot be copied for export: Cannot copy out of meta tensor"):
+            self.saved(tmp_path, network=nn.Linear(4, 2, device="meta"))
 
     def test_networks_that_are_no_program_of_any_batch(self, tmp_path: Path) -> None:
         class Branching(nn.Module):
@@ -311,6 +330,8 @@ class TestWhatCannotBeSaved:
     def test_places_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OutputError, match=r"cannot write the model to '.*nowhere/m': No such file or directory"):
             save_model(tmp_path / "nowhere" / "m", StandardScaler().fit(X), nn.Linear(4, 2), X)
+        with pytest.raises(OutputError, match="cannot write the model to '': it names no file"):
+            save_model("", StandardScaler().fit(X), nn.Linear(4, 2), X)
         (tmp_path / "m").write_bytes(b"the old one")
 
         def full(_: int) -> None:

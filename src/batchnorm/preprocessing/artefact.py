@@ -14,6 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from batchnorm._errors import DtypeError, InputError, ShapeError, StatisticsFileError
-from batchnorm.preprocessing.base import Normalizer
+from batchnorm.preprocessing.base import Normalizer, located
+from batchnorm.preprocessing.batch import Batch
 from batchnorm.preprocessing.inputs import read, refuse_infinite
 from batchnorm.preprocessing.saving import from_bytes, to_bytes, write_whole
+from batchnorm.preprocessing.sources import Source, open_source
 from batchnorm.preprocessing.sparse import SparseBatch
 
 _FORMAT = "batchnorm.model"
@@ -80,12 +83,26 @@ class SavedModel:
     def __call__(self, X: Any) -> Any:
         """The network's answer for raw data (N, features) or (N, C, *): NumPy, torch, pandas, polars or nested lists.
 
-        Tensors give tensors, other data NumPy arrays; without gradients, for which there is ``module``. As in the
-        estimator's ``transform`` NaN passes, and an InputError names infinite values or columns that differ from the
-        fitted ones; ShapeError for another width or size. A DtypeError refuses data more precise than the ``dtype`` of
-        the example that the model was saved with, as rounding raw data may lose all that varies.
+        Tensors give tensors, other data NumPy arrays; without gradients, for which there is ``module``. A stream of
+        batches (a path, a DataLoader, see ``open_source``) gives an iterator of answers.
+
+        As in the estimator's ``transform`` NaN passes, and an InputError names infinite values or columns that differ
+        from the fitted ones; ShapeError for another width or size. A DtypeError refuses data more precise than the
+        ``dtype`` of the example that the model was saved with, as rounding raw data may lose all that varies.
         """
-        values = _raw(self.estimator, X)
+        if self.estimator._is_stream(X):
+            return self._answers(open_source(X))
+        return self._answer(X, read(self.estimator, X, reset=False))
+
+    def _answers(self, source: Source) -> Iterator[Any]:
+        for part in source:
+            if len(part.values):
+                with located(part):
+                    answer = self._answer(part.values, self.estimator._read_part(source, part, reset=False))
+                yield answer
+
+    def _answer(self, X: Any, batch: Batch) -> Any:
+        values = _dense(self.estimator, batch)
         if tuple(values.shape[1:]) != self.shape:
             raise ShapeError(f"expected data of shape {_shown(self.shape)}, got {_shown(values.shape[1:])}")
         if torch.promote_types(values.dtype, self.dtype) != self.dtype:
@@ -118,7 +135,7 @@ def save_model(path: str | PathLike[str], estimator: Normalizer, network: nn.Mod
         raise DtypeError(f"expected the network to be an nn.Module, got {type(network).__name__}")
     check_is_fitted(estimator)
     statistics = to_bytes(estimator)
-    x = _raw(estimator, example).cpu()
+    x = _dense(estimator, read(estimator, example, reset=False)).cpu()
     x = x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x  # one row would be taken for a constant
     program = _export(_fronted(estimator, network, x.dtype), x)
     header = {"format": _FORMAT, "version": _VERSION, "dtype": str(x.dtype).partition(".")[2], "shape": x.shape[1:]}
@@ -164,9 +181,8 @@ def load_model(path: str | PathLike[str], device: str | torch.device | None = No
         raise StatisticsFileError(f"cannot read the model {label}: {error.strerror or error}") from error
 
 
-def _raw(estimator: Normalizer, X: Any) -> Tensor:
-    """Data that the estimator would transform, as a tensor."""
-    batch = read(estimator, X, reset=False)
+def _dense(estimator: Normalizer, batch: Batch) -> Tensor:
+    """Data that the estimator would transform and a network can take."""
     if isinstance(batch, SparseBatch):
         raise DtypeError("expected dense data for the network, got sparse ones: X.toarray(), or X.to_dense()")
     refuse_infinite(estimator, batch)
@@ -180,6 +196,8 @@ def _fronted(estimator: Normalizer, network: nn.Module, dtype: torch.dtype) -> _
     except _FAILURES as error:
         raise InputError(f"the {type(network).__name__} cannot be copied for export: {_line(error)}") from error
     tensors = (*network.parameters(), *network.buffers())
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise InputError(f"the {type(network).__name__} has layers without weights yet: run a batch through it first")
     own = next((t.dtype for t in tensors if t.is_floating_point()), None)
     model = _Fronted(estimator.to_module(torch.float64 if wide else torch.float32), network, own)
     model.eval()
@@ -192,7 +210,7 @@ def _export(model: _Fronted, x: Tensor) -> torch.export.ExportedProgram:
     with torch.no_grad():
         try:
             expected = model(x)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             y = model.front(x)
             raise InputError(
                 f"the {name} does not take what the estimator gives, {_shown(y.shape[1:])}: {_line(error)}"

@@ -121,6 +121,8 @@ def write_whole(path: str | PathLike[str], data: bytes | memoryview, what: str) 
     Raises OutputError, in which ``what`` names the data; an older file at ``path`` then stays as it was.
     """
     target = Path(path)
+    if not target.name:
+        raise OutputError(f"cannot write {what} to {str(path)!r}: it names no file")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "xb") as file:
