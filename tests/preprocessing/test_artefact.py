@@ -28,6 +28,7 @@ from torch.export.pt2_archive import PT2ArchiveWriter
 from batchnorm import DtypeError, InputError, OutputError, ShapeError, StatisticsFileError
 from batchnorm.nn import BatchNorm1d
 from batchnorm.preprocessing import (
+    CORAL,
     MeanSubtractor,
     MinMaxScaler,
     SavedModel,
@@ -176,11 +177,11 @@ def test_what_the_file_tells(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "estimator",
-    [MeanSubtractor(), MinMaxScaler((0, 1), clip=True), Whitener("pca", n_components=2), Whitener("zca-cor")],
+    [MeanSubtractor(), MinMaxScaler((0, 1), clip=True), Whitener("pca", n_components=2), Whitener("zca-cor"), CORAL()],
     ids=str,
 )
 def test_every_estimator(estimator: Any, tmp_path: Path) -> None:
-    estimator.fit(X)
+    estimator.fit(X, (X[::-1] - 1e8) * 2) if isinstance(estimator, CORAL) else estimator.fit(X)
     network = trained(estimator.transform(X).shape[1])
     save_model(tmp_path / "m", estimator, network, X[:1])
     np.testing.assert_allclose(load_model(tmp_path / "m")(X), answer(estimator, network, X), rtol=0, atol=1e-6)
@@ -294,9 +295,7 @@ class TestWhatCannotBeSaved:
             match=r"the Linear does not take what the estimator gives, \(N, 4\): mat1 and mat2 shapes cannot",
         ):
             self.saved(tmp_path, network=nn.Linear(5, 2))
-        with pytest.raises(
-            InputError, match=r"the MultiheadAttention does not take what .* gives, \(N, 4\):"
-        ):
+        with pytest.raises(InputError, match=r"the MultiheadAttention does not take what .* gives, \(N, 4\):"):
             self.saved(tmp_path, network=nn.MultiheadAttention(4, 1))
 
     def test_a_network_without_weights(self, tmp_path: Path) -> None:
