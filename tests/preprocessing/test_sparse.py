@@ -243,3 +243,20 @@ def test_in_a_pipeline() -> None:
     y = np.arange(60) % 2
     model = make_pipeline(StandardScaler(with_mean=False), LogisticRegression()).fit(x, y)
     assert model.predict(x).shape == (60,)
+
+
+def test_streams_of_sparse_batches() -> None:
+    x = dense(4)
+    whole = StandardScaler(with_mean=False).fit(x)
+    matrix = sparse.csr_matrix(x)
+    parts = [matrix[:7], matrix[7:8], matrix[8:]]
+    for stream in (parts, iter(parts)):
+        scaler = StandardScaler(with_mean=False).fit(stream)
+        assert_same(scaler, whole)
+    out = list(scaler.transform(iter(parts)))
+    assert all(y.format == "csr" for y in out)
+    np.testing.assert_array_equal(sparse.vstack(out).toarray(), scaler.transform(x))
+    bad = [matrix[:7], sparse.csr_matrix(np.where(np.eye(5) > 0, np.inf, 0))]
+    with pytest.raises(InputError, match="infinity: row 7, column 0"):
+        scaler.fit(iter(bad))
+    assert_same(scaler, whole)

@@ -48,7 +48,8 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
         """Forget what was learned before and learn from ``X``.
 
-        ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars or nested lists. Or a
+        ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars, pyarrow or nested lists,
+        and sparse matrices (SciPy's, torch's CSR and CSC) where zeros stay zeros, see ``StandardScaler``. Or a
         stream of such batches: a path, a DataLoader, any iterable, a ``Source`` (see ``open_source``); a stream and a
         memory map are read once, a part at a time. NaN is missing and left out. ``y`` is ignored. ``sample_weight``:
         (N,), not negative; an integer weight is the same as so many repetitions, zero as absence.
@@ -91,7 +92,8 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
         """Normalize ``X`` with what was learned; the result is of the kind, dtype and shape of ``X``. NaN stays NaN.
 
         Of a stream (see ``fit``) it is an iterator of transformed batches. Gradients don't flow through this, see
-        ``to_module``. Raises InputError (infinite values), ShapeError, DtypeError, scikit-learn's NotFittedError.
+        ``to_module``. Missing values of frames come back as NaN. Raises InputError (infinite values, a result that
+        overflows float16), ShapeError, DtypeError, scikit-learn's NotFittedError.
         """
         return self._transform(X, inverse=False, copy=None)
 

@@ -28,6 +28,9 @@ class StandardScaler(MomentsNormalizer):
     Attributes, float64 of shape (features,) and as in scikit-learn: ``mean_``, ``var_`` (None where neither part is
     asked for), ``scale_`` (None without ``with_std``), ``n_samples_seen_``, ``n_features_in_``, ``feature_names_in_``.
 
+    Sparse data are taken with ``with_mean=False`` and stay sparse, of the same format and dtype; centring would fill in
+    their zeros and is refused. What is not stored counts as 0, in the mean and variance too.
+
     A feature that cannot be told from a constant has the scale 1, so that rounding errors are never amplified: its
     deviation is at most ``n eps |mean|``, the error bound of the computation (Chan, Golub, LeVeque 1983; ``n`` capped
     at 2^14, see ``base.is_constant``). A feature that is NaN throughout has NaN statistics, of which
@@ -138,6 +141,9 @@ class MinMaxScaler(ElementwiseNormalizer):
     Attributes, float64 of shape (features,) and as in scikit-learn: ``data_min_``, ``data_max_``, ``data_range_``,
     ``scale_`` and ``min_`` (``y = x scale_ + min_``), ``n_samples_seen_`` (a number, NaN counted; the sum of the
     weights where there are any; other weights than zero do not matter), ``n_features_in_``, ``feature_names_in_``.
+
+    Sparse data are taken with ``feature_range=(0, b)`` and stay sparse; ``transform`` refuses them where a feature's
+    smallest value is not 0, for then its zeros would be filled in.
 
     A feature whose values are all within one rounding error (an ulp of float64) of one constant counts as constant: as
     in scikit-learn its range is taken for 1, and it comes out as ``a``. A feature that is NaN throughout has NaN

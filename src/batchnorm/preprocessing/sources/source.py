@@ -31,7 +31,7 @@ class Part:
 
     @property
     def rows(self) -> int:
-        """The number of samples."""
+        """The number of samples; sparse matrices have a shape and no length, lists a length and no shape."""
         shape = getattr(self.values, "shape", None)
         return int(shape[0]) if shape else len(self.values)
 
