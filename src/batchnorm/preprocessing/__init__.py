@@ -1,7 +1,8 @@
 """Centre, scale and whiten data: scikit-learn estimators that stream, merge, and go into the network.
 
-NumPy arrays, torch tensors, pandas, polars and pyarrow tables come back as they came. Statistics are exact in float64 whatever
-the split of the data (``fit``, any sequence of ``partial_fit``, or ``merge`` of estimators fitted elsewhere). With
+NumPy arrays, torch tensors, tables of pandas, polars and pyarrow come back as they came. Statistics are exact in
+float64 whatever the split of the data (``fit``, any sequence of ``partial_fit``, or ``merge`` of estimators fitted
+elsewhere). Sparse matrices are taken where zeros stay zeros. With
 ``channel_axis=1`` data are (N, C, *) and statistics per channel. ``to_module()`` makes an ``nn.Module`` of a fitted
 estimator, ``fold_into(layer)`` a part of the layer behind it, ``save(path)`` and :func:`load` keep it, without pickle;
 :func:`save_model` and :func:`load_model` keep it together with the network behind it.
