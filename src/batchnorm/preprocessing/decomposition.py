@@ -220,24 +220,28 @@ def _whiten(
 def cholesky_whitening(
     covariance: Tensor, *, intensity: float, eps: float, tolerance: float, outputs: int | None
 ) -> MatrixWhitening:
-    """Whitening by ``C^T``, ``C C^T = S^(-1)``: upper triangular, the last feature is only scaled.
+    """Whitening by ``C^T``, ``C C^T = S^(-1)``: upper triangular, the last feature is only scaled; ``S`` is consumed.
 
     A feature of whose variance no more than the share ``tolerance`` is left after the features behind it have been
     taken out depends on them: its row and its column are 0. ``outputs``: how many rows to keep, from the last.
     """
     matrix = shrink(covariance, intensity)
-    matrix = matrix + eps * torch.eye(matrix.shape[0]).to(matrix)
+    matrix.diagonal().add_(eps)
     # S = (R A A^T R) with R reversing the order: A lower triangular gives the upper factor whose inverse is C^T.
     lower, independent = _semidefinite_cholesky(matrix.flip(0, 1), tolerance)
     upper, kept = lower.flip(0, 1), independent.flip(0)
-    core = upper[kept][:, kept]
-    inverse = torch.linalg.solve_triangular(core, torch.eye(core.shape[0]).to(core), upper=True)
-    whitening = torch.zeros_like(matrix)
-    whitening[kept.nonzero(), kept.nonzero().T] = inverse
-    first = 0 if outputs is None else matrix.shape[0] - outputs
+    del lower
+    whitening = torch.zeros_like(upper)
+    if bool(kept.all()):
+        torch.linalg.solve_triangular(upper, whitening.fill_diagonal_(1), upper=True, out=whitening)
+    else:
+        core = upper[kept][:, kept]
+        inverse = torch.linalg.solve_triangular(core, torch.eye(core.shape[0]).to(core), upper=True)
+        whitening[kept.nonzero(), kept.nonzero().T] = inverse
+    first = 0 if outputs is None else upper.shape[0] - outputs
     whitening, upper = whitening[first:], upper[:, first:]
-    empty = matrix.new_empty(0)
-    components = matrix.new_empty((0, matrix.shape[0]))
+    empty = upper.new_empty(0)
+    components = upper.new_empty((0, upper.shape[0]))
     return MatrixWhitening(whitening, upper, components, empty, empty, int(kept.sum()), intensity)
 
 

@@ -122,7 +122,9 @@ class EigenWhitening:
         """``components^T diag(factor) components`` and ``others`` times the identity on the remaining directions."""
         p = self.components.shape[1]
         refuse_beyond_memory(8 * p * p, f"a matrix of {p} x {p}", "transform applies its factors without it")
-        matrix = self.components.T @ (self.components * (factor - others).unsqueeze(1))
+        matrix = torch.zeros(p, p, dtype=torch.float64, device=self.components.device)
+        for rows, weights in zip(self.components.split(512), (factor - others).split(512), strict=True):
+            matrix.addmm_(rows.T, rows * weights.unsqueeze(1))
         matrix.diagonal().add_(others)
         return matrix if outer is None else matrix.mul_(outer)
 

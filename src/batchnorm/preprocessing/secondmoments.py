@@ -87,7 +87,8 @@ def complete_rows(
 class SecondMoments:
     """Moments of each feature, and ``products`` and ``rows`` which together hold the products of features.
 
-    ``products``: a Scatter, or with ``fourth`` FourthMoments, of the samples that are in it; None before there are any.
+    ``products``: a Scatter of the samples that are in it; None before there are any. With ``fourth`` it is
+    FourthMoments, of ``"pairs"`` of features or of the samples' ``"norms"``.
     ``rows``: the samples that are not. ``keep``: how many samples are kept as such before there are products; None for
     all. Objects are not changed once made.
     """
@@ -95,12 +96,12 @@ class SecondMoments:
     moments: Moments
     products: Scatter | FourthMoments | None
     rows: tuple[Rows, ...] = ()
-    fourth: bool = False
+    fourth: str | None = None
     keep: int | None = 0
 
     @classmethod
     def from_batch(
-        cls, x: Tensor, *, channel_axis: int, weights: Tensor | None, fourth: bool, keep: int | None
+        cls, x: Tensor, *, channel_axis: int, weights: Tensor | None, fourth: str | None, keep: int | None
     ) -> Self:
         """Of the channel vectors of ``x`` that hold no NaN. ``keep`` and ``fourth`` as in the class.
 
@@ -109,8 +110,7 @@ class SecondMoments:
         width = x.shape[channel_axis]
         if keep is not None and x.numel() // width >= max(1, keep):
             refuse_products(width, fourth)
-            kind = FourthMoments if fourth else Scatter
-            products = kind.from_batch(x, channel_axis=channel_axis, weights=weights, skip_nan=True).to("cpu")
+            products = _products(x, channel_axis, weights, fourth)
             return cls(products.moments(), products, (), fourth, keep)
         remedy = 'pass n_components=k with solver="randomized", which keeps none'
         refuse_beyond_memory(12 * x.numel(), f"keeping samples, here of shape {tuple(x.shape)},", remedy)
@@ -138,7 +138,8 @@ class SecondMoments:
         moments = self.moments.merge(other.moments)
         mine, theirs = self.products, other.products
         products: Any = mine if theirs is None else theirs if mine is None else cast("Any", mine).merge(theirs)
-        merged = replace(self, moments=moments, products=products, rows=self.rows + other.rows)
+        fourth = self.fourth if self.fourth == other.fourth else "norms"
+        merged = replace(self, moments=moments, products=products, rows=self.rows + other.rows, fourth=fourth)
         if self.keep is None and products is None:
             return merged
         enough = self.keep or 0
@@ -151,14 +152,13 @@ class SecondMoments:
         if not self.rows and self.products is not None:
             return self.products
         refuse_products(self.num_features, self.fourth)
-        kind = FourthMoments if self.fourth else Scatter
         total: Any = self.products
         alike: dict[Any, list[Rows]] = {}
         for rows in self.rows:
             alike.setdefault((rows.values.device, rows.values.dtype), []).append(rows)
         for group in alike.values():
             values, weights = torch.cat([r.values for r in group]), torch.cat([r.weights for r in group])
-            added = kind.from_batch(values, channel_axis=1, weights=weights, skip_nan=False).to("cpu")
+            added: Any = _products(values, 1, weights, self.fourth)
             total = added if total is None else total.merge(added)
         return total
 
@@ -172,7 +172,7 @@ class SecondMoments:
         return moments | {"rows.values": torch.cat(values), "rows.weights": torch.cat(weights)}
 
     @classmethod
-    def from_dict(cls, tensors: Mapping[str, Tensor], *, fourth: bool, keep: int | None) -> Self:
+    def from_dict(cls, tensors: Mapping[str, Tensor], *, fourth: str | None, keep: int | None) -> Self:
         """Read what :meth:`to_dict` gave. Raises InputError where tensors are missing or superfluous."""
         parts: dict[str, dict[str, Tensor]] = {"moments": {}, "rows": {}, "": {}}
         for name, tensor in tensors.items():
@@ -181,9 +181,8 @@ class SecondMoments:
         moments, rows, own = parts["moments"], parts["rows"], parts[""]
         if own and not rows:
             products = (FourthMoments if "fourth" in own else Scatter).from_dict(own)
-            return cls(
-                Moments.from_dict(moments) if moments else products.moments(), products, (), "fourth" in own, keep
-            )
+            fourth = ("pairs" if products.pairs else "norms") if isinstance(products, FourthMoments) else None
+            return cls(Moments.from_dict(moments) if moments else products.moments(), products, (), fourth, keep)
         if own or set(rows) != {"values", "weights"} or rows["values"].shape[:1] != rows["weights"].shape:
             raise InputError(
                 f"a Whitener needs products or rows.values and as many rows.weights, got {sorted(tensors)}"
@@ -196,10 +195,18 @@ class SecondMoments:
         return {**self.__dict__, "rows": tuple(rows.to("cpu") for rows in self.rows)}
 
 
-def refuse_products(num_features: int, fourth: bool) -> None:
+def _products(x: Tensor, channel_axis: int, weights: Tensor | None, fourth: str | None) -> Scatter | FourthMoments:
+    if fourth is None:
+        return Scatter.from_batch(x, channel_axis=channel_axis, weights=weights, skip_nan=True).to("cpu")
+    return FourthMoments.from_batch(
+        x, channel_axis=channel_axis, weights=weights, skip_nan=True, pairs=fourth == "pairs"
+    ).to("cpu")
+
+
+def refuse_products(num_features: int, fourth: str | None) -> None:
     """Raise an InputError where the products of so many features, and what solving takes beside, exceed the memory."""
     # The sums, a copy that the solver consumes, and eigenvectors; third and fourth moments.
-    matrices = 5 if fourth else 3
+    matrices = 5 if fourth == "pairs" else 3
     refuse_beyond_memory(
         matrices * 8 * num_features**2,
         f"whitening by a {num_features} x {num_features} covariance",

@@ -1,7 +1,9 @@
 """Ledoit-Wolf shrinkage, exact from statistics that merge.
 
-The intensity needs the fourth moments ``sum_i d_ij^2 d_ik^2`` of deviations ``d`` from a mean that is only known at the
-end. They are carried along with the third, ``sum_i d_ij^2 d_ik``, by which they can be moved to another mean.
+The intensity for a covariance needs ``sum_i |d_i|^4`` of deviations ``d`` from a mean that is only known at the end. It
+is carried along with ``sum_i |d_i|^2 d_i``, by which it can be moved to another mean. For a correlation features are
+divided by deviations that are only known at the end, too: there it takes ``sum_i d_ij^2 d_ik^2`` of all pairs of
+features, and ``sum_i d_ij^2 d_ik``.
 """
 
 from __future__ import annotations
@@ -20,7 +22,11 @@ from batchnorm.moments.blocks import prepare, sample_rows
 
 @dataclass(frozen=True, eq=False)
 class FourthMoments:
-    """A :class:`Scatter` with ``third[j, k] = sum d_j^2 d_k`` and ``fourth[j, k] = sum d_j^2 d_k^2``, (C, C)."""
+    """A :class:`Scatter` with ``third = sum |d|^2 d`` (C,) and ``fourth = sum |d|^4`` ().
+
+    Or of ``pairs``: ``third[j, k] = sum d_j^2 d_k`` and ``fourth[j, k] = sum d_j^2 d_k^2``, (C, C), whose sums over j,
+    and over j and k, those are.
+    """
 
     base: Scatter
     third: Tensor
@@ -36,25 +42,45 @@ class FourthMoments:
         """The number of samples, or the sum of their weights."""
         return self.base.count
 
+    @property
+    def pairs(self) -> bool:
+        """Whether every pair of features has a fourth moment of its own."""
+        return self.fourth.ndim == 2
+
     @classmethod
-    def from_batch(cls, x: Tensor, *, channel_axis: int, weights: Tensor | None, skip_nan: bool) -> Self:
+    def from_batch(
+        cls, x: Tensor, *, channel_axis: int, weights: Tensor | None, skip_nan: bool, pairs: bool = True
+    ) -> Self:
         """The moments of the channel vectors of ``x``; arguments as for :meth:`Scatter.from_batch`."""
         base = Scatter.from_batch(x, channel_axis=channel_axis, weights=weights, skip_nan=skip_nan)
-        third, fourth = torch.zeros_like(base.scatter), torch.zeros_like(base.scatter)
+        third = torch.zeros_like(base.scatter if pairs else base.mean)
+        fourth = torch.zeros_like(base.scatter if pairs else base.count)
         data, w, axis = prepare(x, channel_axis, weights, None)
         for rows, row_weights in sample_rows(data, w, axis, skip_nan):
-            deviation = (rows - base.mean) - base.mean_low
-            squares = deviation.square()
-            weighted = squares if row_weights is None else squares * row_weights.unsqueeze(1)
-            third.addmm_(weighted.T, deviation)
-            fourth.addmm_(weighted.T, squares)
+            deviation = (rows - base.mean).sub_(base.mean_low)
+            if pairs:
+                squares = deviation.square()
+                weighted = squares if row_weights is None else squares * row_weights.unsqueeze(1)
+                third.addmm_(weighted.T, deviation)
+                fourth.addmm_(weighted.T, squares)
+            else:
+                norms = torch.linalg.vecdot(deviation, deviation)
+                weighted = norms if row_weights is None else norms * row_weights
+                third.addmv_(deviation.T, weighted)
+                fourth += weighted @ norms
         return cls(base, third, fourth)
 
     def merge(self, other: Self) -> Self:
-        """The moments of both sets of vectors together."""
-        base = self.base.merge(other.base)
-        mine, theirs = self._about(base), other.to(base.device)._about(base)
-        return type(self)(base, mine[0] + theirs[0], mine[1] + theirs[1])
+        """The moments of both sets of vectors together; of ``pairs`` where both are."""
+        base, other = self.base.merge(other.base), other.to(self.base.device)
+        pairs = self.pairs and other.pairs
+        mine, theirs = (each if pairs else each.summed() for each in (self, other))
+        (third, fourth), (other_third, other_fourth) = mine._about(base), theirs._about(base)
+        return type(self)(base, third.add_(other_third), fourth.add_(other_fourth))
+
+    def summed(self) -> Self:
+        """The same without pairs."""
+        return type(self)(self.base, self.third.sum(0), self.fourth.sum()) if self.pairs else self
 
     def to(self, device: torch.device | str) -> Self:
         """The same moments on another device."""
@@ -63,13 +89,19 @@ class FourthMoments:
     def _about(self, base: Scatter) -> tuple[Tensor, Tensor]:
         """Third and fourth moments about the mean of ``base``: ``d`` becomes ``d + shift``, and ``sum d`` is 0."""
         shift = difference_of_means(self.base, base)
-        square, scatter, variance = shift.square(), self.base.scatter, self.base.scatter.diagonal()
-        third = self.third.addr(variance + self.base.count * square, shift)
+        count, scatter, variance = self.base.count, self.base.scatter, self.base.scatter.diagonal()
+        if not self.pairs:
+            along, square, total = scatter @ shift, shift @ shift, variance.sum()
+            third = self.third + 2 * along + (total + count * square) * shift
+            fourth = self.fourth + 4 * (shift @ self.third + shift @ along) + square * (2 * total + count * square)
+            return third, fourth
+        square = shift.square()
+        third = self.third.addr(variance + count * square, shift)
         third.addcmul_(scatter, shift.unsqueeze(1), value=2)
         mixed = self.third * shift
         fourth = self.fourth.addcmul(scatter * shift, shift.unsqueeze(1), value=4)
         fourth.add_(mixed, alpha=2).add_(mixed.T, alpha=2)
-        fourth.addr_(variance + self.base.count * square, square).addr_(square, variance)
+        fourth.addr_(variance + count * square, square).addr_(square, variance)
         return third, fourth
 
     def moments(self) -> Moments:
@@ -92,11 +124,10 @@ class FourthMoments:
 
 
 def shrink(matrix: Tensor, intensity: float) -> Tensor:
-    """``(1 - a) S + a (tr S / p) I``."""
-    if intensity == 0:
-        return matrix
-    target = matrix.trace() / matrix.shape[0]
-    return (1 - intensity) * matrix + intensity * target * torch.eye(matrix.shape[0]).to(matrix)
+    """``(1 - a) S + a (tr S / p) I``, in the memory of ``S``."""
+    given = intensity * matrix.trace() / matrix.shape[0]
+    matrix.mul_(1 - intensity).diagonal().add_(given)
+    return matrix
 
 
 def ledoit_wolf_intensity(moments: FourthMoments, matrix: Tensor, scale: Tensor) -> float:
@@ -106,14 +137,20 @@ def ledoit_wolf_intensity(moments: FourthMoments, matrix: Tensor, scale: Tensor)
     (O. Ledoit, M. Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", Journal of
     Multivariate Analysis 88, 2004, lemmas 3.2 to 3.5).
     """
-    inverse = scale.square().reciprocal()
+    if moments.pairs:
+        inverse = scale.square().reciprocal()
+        fourth = float(inverse @ moments.fourth @ inverse)
+    elif bool((scale == 1).all()):
+        fourth = float(moments.fourth)
+    else:
+        raise InputError("Ledoit-Wolf of a correlation needs statistics of its own from the first batch on: fit again")
     flat = matrix.flatten()
     return _intensity(
         n=float(moments.count),
         p=matrix.shape[0],
         trace=float(matrix.trace()),
         norm=float(flat @ flat),
-        fourth=float(inverse @ moments.fourth @ inverse),
+        fourth=fourth,
     )
 
 

@@ -47,15 +47,16 @@ class Whitener(Normalizer):
         forms then have so many outputs, the zca forms project onto so many; "cholesky" takes an int and gives the last
         so many outputs, which whiten the last so many features.
     shrinkage: draw the decomposed matrix (covariance, or correlation in the -cor forms) towards a multiple of the
-        identity: a float in [0, 1], or "ledoit-wolf" for the optimal one, exact from batches too (at three times the
-        cost of fitting). Every direction then has variance, as long as any has.
+        identity: a float in [0, 1], or "ledoit-wolf" for the optimal one, exact from batches too (in the -cor forms at
+        three times the cost of fitting). Every direction then has variance, as long as any has.
     eps: added to the variance of every direction kept, in units of the decomposed matrix.
     tol: relative rank tolerance. A direction with at most ``tol`` times the largest variance (in the cholesky form: a
         feature of whose variance at most the share ``tol`` is not explained by those behind it) is without variance:
         dropped in the pca forms, left at 0 in the others, never amplified. None is ``10 p eps`` for p features.
     channel_axis: 1 whitens the channels of data of shape (N, C, *), every position a sample; None takes (N, features).
     solver: where the directions come from, for p features, n samples and k components:
-        "eigh": the p x p covariance, exact; O(n p^2 + p^3) time, 3 p^2 numbers of memory (Ledoit-Wolf: 5).
+        "eigh": the p x p covariance, exact; O(n p^2 + p^3) time, 3 p^2 numbers of memory (with Ledoit-Wolf in the -cor
+        forms 5).
         "gram": the n x n products between samples, exact but for directions of less than ``10 n eps`` of the largest
         variance, which count as without; O(n^2 p + n^3) time, and the samples are kept. Not for "cholesky".
         "auto": "gram" as long as fewer samples than features have been seen, then "eigh", into which it turns without
@@ -141,7 +142,7 @@ class Whitener(Normalizer):
     def _check_same_statistics(known: SecondMoments | Sketch, stats: SecondMoments | Sketch) -> None:
         if isinstance(known, Sketch) or isinstance(stats, Sketch):
             raise InputError("what solver='randomized' has learned cannot be added to: fit again")
-        if known.fourth != stats.fourth:
+        if (known.fourth is None) != (stats.fourth is None):
             raise InputError('shrinkage="ledoit-wolf" needs statistics of its own from the first batch on: fit again')
 
     def _statistics(self, batch: Batch, weights: Tensor | None) -> SecondMoments | Sketch:
@@ -157,11 +158,17 @@ class Whitener(Normalizer):
                 batch.values,
                 channel_axis=batch.axis,
                 weights=weights,
-                fourth=self.shrinkage == "ledoit-wolf",
+                fourth=self._fourth(),
                 keep={"auto": width, "eigh": 0, "gram": None}[self.solver],
             )
         self._refuse_unusable(batch, *stats.to_dict().values())
         return stats
+
+    def _fourth(self) -> str | None:
+        """Which fourth moments Ledoit-Wolf needs."""
+        if self.shrinkage != "ledoit-wolf":
+            return None
+        return "pairs" if self.method.endswith("-cor") else "norms"
 
     def _accumulate(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
         if callable(stats):  # one of the further passes over a source
@@ -341,7 +348,6 @@ class Whitener(Normalizer):
             self._stats = Sketch.from_dict(learned)
         else:
             keep = {"auto": self.n_features_in_, "eigh": 0, "gram": None}.get(self.solver, 0)
-            fourth = self.shrinkage == "ledoit-wolf"
-            self._stats = SecondMoments.from_dict(learned, fourth=fourth, keep=keep)
+            self._stats = SecondMoments.from_dict(learned, fourth=self._fourth(), keep=keep)
         self._publish()
         self._solution = solution
