@@ -19,7 +19,7 @@ from batchnorm._errors import BatchnormError, DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments
 from batchnorm.preprocessing.front import FrontOfNetwork
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
-from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source, reads_in_blocks
+from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source
 
 Array = NDArray[Any]
 
@@ -199,7 +199,7 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
                 for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
                     delattr(self, name)
             known = None if afresh else self._stats
-            if self._is_stream(X) or reads_in_blocks(X):
+            if self._is_stream(X) or isinstance(X, np.memmap):
                 self._stats = self._learn_parts(open_source(X), sample_weight, known)
             else:
                 batch = read(self, X, reset=afresh)

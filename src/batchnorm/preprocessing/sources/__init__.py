@@ -25,7 +25,7 @@ from batchnorm.preprocessing.sources.memory import (
 from batchnorm.preprocessing.sources.source import Part, Progress, Source
 from batchnorm.preprocessing.sources.streams import DatasetSource, IterableSource
 
-__all__ = ["Part", "Source", "is_paths", "is_stream", "open_source", "reads_in_blocks"]
+__all__ = ["Part", "Source", "is_paths", "is_stream", "open_source"]
 
 
 def is_stream(X: Any) -> bool:
@@ -51,11 +51,6 @@ def is_stream(X: Any) -> bool:
 def is_paths(X: Any) -> bool:
     """Whether ``X`` is a list of paths."""
     return isinstance(X, (list, tuple)) and bool(X) and all(isinstance(item, (str, PathLike)) for item in X)
-
-
-def reads_in_blocks(X: Any) -> bool:
-    """Whether ``fit`` goes through a source of data that ``transform`` takes as one batch: memory maps, Arrow."""
-    return isinstance(X, np.memmap) or (hasattr(X, "schema") and hasattr(X, "num_rows"))
 
 
 def open_source(
