@@ -206,6 +206,17 @@ def test_image_bytes_into_a_network_of_any_dtype(dtype: torch.dtype, tmp_path: P
         model(IMAGES.float())
 
 
+def test_images_of_16_bits(tmp_path: Path) -> None:
+    images = torch.randint(0, 2**16, (12, 1, 4, 4), generator=torch.Generator().manual_seed(0)).to(torch.uint16)
+    scaler = StandardScaler(channel_axis=1).fit(images)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    save_model(tmp_path / "m", scaler, network, images.numpy())
+    model = load_model(tmp_path / "m")
+    np.testing.assert_allclose(model(images), answer(scaler, network, images.numpy()), rtol=0, atol=1e-6)
+    with pytest.raises(DtypeError, match=r"saved for torch\.uint16 and would round torch\.int32"):
+        model(images.to(torch.int32))
+
+
 def test_a_network_stays_as_it_was_and_may_give_several_answers(tmp_path: Path) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -213,7 +224,7 @@ def test_a_network_stays_as_it_was_and_may_give_several_answers(tmp_path: Path) 
             self.head = trained()
 
         def forward(self, x: torch.Tensor) -> dict[str, Any]:
-            return {"y": self.head(x), "parts": (x.mean(), x.shape[0])}
+            return {"y": self.head(x), "parts": (x.mean(), x.shape[0]), "nothing": None}
 
     network = Two().train()
     before = copy.deepcopy(network.state_dict())
@@ -221,7 +232,7 @@ def test_a_network_stays_as_it_was_and_may_give_several_answers(tmp_path: Path) 
     assert all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     found = load_model(tmp_path / "m")(X[:9])
-    assert found["parts"][1] == 9
+    assert (found["parts"][1], found["nothing"]) == (9, None)
     np.testing.assert_allclose(found["y"], answer(StandardScaler().fit(X), network.head, X[:9]), rtol=0, atol=1e-6)
     assert isinstance(found["parts"][0], np.ndarray)
 
@@ -326,6 +337,14 @@ class TestWhatCannotBeSaved:
                 self.saved(tmp_path, network=network, example=X[:5])
             assert "\n" not in str(caught.value)
 
+    def test_what_torch_writes_and_cannot_read(self, tmp_path: Path) -> None:
+        class Named(nn.Module):
+            def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+                return x * 2, "twice"
+
+        with pytest.raises(InputError, match="the file of the Named could not be read again, let it hold plain"):
+            self.saved(tmp_path, network=Named())
+
     def test_places_that_cannot_be_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(OutputError, match=r"cannot write the model to '.*nowhere/m': No such file or directory"):
             save_model(tmp_path / "nowhere" / "m", StandardScaler().fit(X), nn.Linear(4, 2), X)
@@ -399,6 +418,12 @@ class TestFiles:
             load_model(target)
         assert str(target) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+    def test_a_device_that_is_not_there(self, path: Path) -> None:
+        for device in ("nowhere", f"cuda:{torch.cuda.device_count()}"):
+            with pytest.raises(InputError, match=f"cannot use the device '{device}': ") as caught:
+                load_model(path, device=device)
+            assert "\n" not in str(caught.value)
 
     def test_a_model_is_no_statistics_file(self, path: Path) -> None:
         with pytest.raises(StatisticsFileError, match="is truncated, damaged or no safetensors file"):

@@ -105,7 +105,7 @@ class SavedModel:
         values = _dense(self.estimator, batch)
         if tuple(values.shape[1:]) != self.shape:
             raise ShapeError(f"expected data of shape {_shown(self.shape)}, got {_shown(values.shape[1:])}")
-        if torch.promote_types(values.dtype, self.dtype) != self.dtype:
+        if not _holds(self.dtype, values.dtype):
             raise DtypeError(
                 f"the model was saved for {self.dtype} and would round {values.dtype}: convert the data, "
                 f"or save the model with an example of {values.dtype}"
@@ -125,9 +125,10 @@ def save_model(path: str | PathLike[str], estimator: Normalizer, network: nn.Mod
     as it was. ``example``: a batch of raw data as it will come, whose dtype and shape (but for the number of rows) the
     file then expects. Data in float64 are centred in float64, before the network's own dtype.
 
-    The program is run on the example and compared with the network before anything is written; the file appears whole
-    or not at all. Raises what ``transform`` raises for the example, DtypeError for other objects, InputError where the
-    network cannot be exported or does not give the same answer again, OutputError where the file cannot be written.
+    What torch reads back is run on the example and compared with the network before anything is written; the file
+    appears whole or not at all. Raises what ``transform`` raises for the example, DtypeError for other objects,
+    InputError where the network cannot be exported or does not give the same answer again, OutputError where the file
+    cannot be written.
     """
     if not isinstance(estimator, Normalizer):
         raise DtypeError(f"expected a fitted estimator of batchnorm.preprocessing, got {type(estimator).__name__}")
@@ -137,17 +138,9 @@ def save_model(path: str | PathLike[str], estimator: Normalizer, network: nn.Mod
     statistics = to_bytes(estimator)
     x = _dense(estimator, read(estimator, example, reset=False)).cpu()
     x = x.repeat(2, *[1] * (x.ndim - 1)) if len(x) == 1 else x  # one row would be taken for a constant
-    program = _export(_fronted(estimator, network, x.dtype), x)
     header = {"format": _FORMAT, "version": _VERSION, "dtype": str(x.dtype).partition(".")[2], "shape": x.shape[1:]}
     records = {_HEADER: json.dumps(header), _STATISTICS: base64.b64encode(statistics).decode()}
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files=records)
-    label = f"the {type(network).__name__}"
-    try:
-        _check_records(buffer, label)
-    except StatisticsFileError as error:
-        raise InputError(f"{label} cannot be saved without pickle: {error}") from error
-    write_whole(path, buffer.getbuffer(), "the model")
+    write_whole(path, _export(_fronted(estimator, network, x.dtype), x, records), "the model")
 
 
 def load_model(path: str | PathLike[str], device: str | torch.device | None = None) -> SavedModel:
@@ -157,10 +150,15 @@ def load_model(path: str | PathLike[str], device: str | torch.device | None = No
     same, and ``torch.export.load`` evaluates expressions in it as Python: load no file of somebody you don't trust.
     The statistics alone (``save`` and ``load``) have no such limit.
 
-    Raises StatisticsFileError where the file is missing, truncated, damaged or foreign, or of a newer version.
+    Raises StatisticsFileError where the file is missing, truncated, damaged or foreign, or of a newer version,
+    InputError for a device that is not there.
     """
     from torch.export.passes import move_to_device_pass
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"cannot use the device {str(device)!r}: {_line(error)}") from error
     label = repr(str(Path(path)))
     try:
         with open(path, "rb") as file:
@@ -189,8 +187,16 @@ def _dense(estimator: Normalizer, batch: Batch) -> Tensor:
     return batch.values
 
 
+def _holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether ``dtype`` takes in the numbers of ``other`` as they are; torch calls it so for integers and floats."""
+    try:
+        return torch.promote_types(other, dtype) == dtype
+    except RuntimeError:  # for two kinds of integers of which one is unsigned
+        return False
+
+
 def _fronted(estimator: Normalizer, network: nn.Module, dtype: torch.dtype) -> _Fronted:
-    wide = torch.promote_types(dtype, torch.float32) == torch.float64 or dtype in (torch.int32, torch.int64)
+    wide = dtype == torch.float64 or (dtype.itemsize > 2 and not dtype.is_floating_point)
     try:
         network = copy.deepcopy(network).cpu()
     except _FAILURES as error:
@@ -204,31 +210,48 @@ def _fronted(estimator: Normalizer, network: nn.Module, dtype: torch.dtype) -> _
     return model
 
 
-def _export(model: _Fronted, x: Tensor) -> torch.export.ExportedProgram:
-    """The program of any number of rows, without the paths and lines of source that torch notes in it."""
-    name = type(model.network).__name__
+def _export(model: _Fronted, x: Tensor, records: dict[str, str]) -> memoryview:
+    """The archive, once what torch reads from it has given the network's answer."""
+    name = f"the {type(model.network).__name__}"
+    buffer = io.BytesIO()
     with torch.no_grad():
         try:
             expected = model(x)
         except (RuntimeError, TypeError) as error:
-            y = model.front(x)
-            raise InputError(
-                f"the {name} does not take what the estimator gives, {_shown(y.shape[1:])}: {_line(error)}"
-            ) from error
+            shape = _shown(model.front(x).shape[1:])
+            raise InputError(f"{name} does not take what the estimator gives, {shape}: {_line(error)}") from error
         try:
             program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+            _leave_out_the_source(program)
+            torch.export.save(program, buffer, extra_files=records)
         except _FAILURES as error:
-            raise InputError(f"the {name} cannot be exported for any number of rows: {_line(error)}") from error
-        found = program.module()(x)
+            raise InputError(f"{name} cannot be exported for any number of rows: {_line(error)}") from error
         try:
-            torch.testing.assert_close(found, expected, equal_nan=True)
+            _check_records(buffer, name)
+            buffer.seek(0)
+            found = torch.export.load(buffer).module()(x)
+        except _FAILURES as error:
+            raise InputError(
+                f"the file of {name} could not be read again, let it hold plain tensors and give tensors and numbers: "
+                + _line(error)
+            ) from error
+        try:
+            torch.testing.assert_close(_tensors(found), _tensors(expected), equal_nan=True)
         except AssertionError as error:
-            raise InputError(f"the {name} does not give the same answer twice, or not when exported") from error
+            raise InputError(f"{name} does not give the same answer twice, or not when exported") from error
+    return buffer.getbuffer()
+
+
+def _leave_out_the_source(program: torch.export.ExportedProgram) -> None:
+    """The paths and lines of source that torch notes in a program, and the example, which would be a pickle."""
     for graph in program.graph_module.modules():
         for node in getattr(getattr(graph, "graph", None), "nodes", ()):
             node.meta.pop("stack_trace", None)
-    program.example_inputs = None  # would be a pickle, of somebody's data
-    return program
+    program.example_inputs = None
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _check_records(file: Any, label: str) -> dict[str, Any]:
