@@ -12,7 +12,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize(
     ("page", "least"),
-    [("layers.md", 10), ("whitening.md", 3), ("interoperability.md", 3), ("domain-adaptation.md", 5), ("front.md", 8)],
+    [
+        ("layers.md", 10),
+        ("whitening.md", 3),
+        ("interoperability.md", 3),
+        ("domain-adaptation.md", 5),
+        ("front.md", 8),
+        ("sources.md", 4),
+    ],
 )
 def test_every_example_runs(page, least):
     path = DOCS / page
