@@ -301,3 +301,10 @@ def test_stopping_early_closes_files_and_ends_threads(name: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         scaler.fit(open_source(f"*/{name}", batch_rows=10, progress=interrupt))
     assert not hasattr(scaler, "mean_")
+
+
+def test_a_feature_without_a_value_is_named() -> None:
+    pq.write_table(frame(z=pa.nulls(300)), "x.parquet")
+    with pytest.warns(RuntimeWarning, match="StandardScaler saw only NaN in feature 'z': its statistics are NaN"):
+        scaler = StandardScaler().fit("x.parquet")
+    assert np.isnan(scaler.mean_).tolist() == [False, False, True]

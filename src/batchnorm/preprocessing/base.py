@@ -310,8 +310,10 @@ def warn_of_empty(estimator: Normalizer) -> None:
     """Warn of features without a single value: their statistics are NaN, as in scikit-learn."""
     empty = (~estimator._seen()).nonzero().flatten().tolist()
     if empty:
+        names = getattr(estimator, "feature_names_in_", None)
+        which = ", ".join(str(i) if names is None else repr(str(names[i])) for i in empty)
         warnings.warn(
-            f"{type(estimator).__name__} saw only NaN in feature {', '.join(map(str, empty))}: its statistics are NaN",
+            f"{type(estimator).__name__} saw only NaN in feature {which}: its statistics are NaN",
             RuntimeWarning,
             stacklevel=5,
         )
