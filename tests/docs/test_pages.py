@@ -1,8 +1,9 @@
-"""The examples of the pages about layers run, in their order."""
+"""The examples of the pages run, in their order."""
 
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("page", "least"),
     [
+        ("data.md", 5),
         ("layers.md", 10),
         ("whitening.md", 3),
         ("interoperability.md", 3),
@@ -21,7 +23,8 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("sources.md", 4),
     ],
 )
-def test_every_example_runs(page, least):
+def test_every_example_runs(page, least, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what an example writes goes with the test
     path = DOCS / page
     text = path.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
