@@ -1,5 +1,5 @@
-// The operators of preprocessing on CPU tensors: batchnorm::moments (src/batchnorm/moments/operator.py) and batchnorm::affine_
-// (src/batchnorm/preprocessing/elementwise.py). Which matrices a tensor is made of, and how threads share them.
+// The operators of preprocessing on CPU tensors: batchnorm::moments (src/batchnorm/moments/operator.py), batchnorm::affine and
+// batchnorm::result_like (src/batchnorm/preprocessing/affine.py). Which matrices a tensor is made of, and how threads share them.
 
 #include <torch/csrc/stable/library.h>
 
@@ -263,9 +263,18 @@ bool affine(Tensor x, Tensor mean, Tensor mean_low, Tensor scale, double offset,
   return infinite;
 }
 
+// A place for the result, in kept memory (memory.h) where x is contiguous: the next batch is written where the last was.
+Tensor result_like(Tensor x) {
+  std::vector<int64_t> sizes(x.dim()), strides(x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d), strides[d] = x.stride(d);
+  if (!x.is_contiguous()) return torch::stable::empty_like(x);
+  return batchnorm::fresh_tensor(sizes, strides, x.scalar_type());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(batchnorm, CPU, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("affine", TORCH_BOX(&affine));
+  m.impl("result_like", TORCH_BOX(&result_like));
 }

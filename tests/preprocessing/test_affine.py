@@ -98,3 +98,30 @@ def test_both_orders_and_integers(order: Any, dtype: Any) -> None:
     expected = (x - x.mean(0, dtype=float)) / x.std(0, dtype=float)
     np.testing.assert_allclose(y, expected, atol=2e-6 if dtype == np.float32 else 1e-13)
     assert y.flags.f_contiguous == (order == "F")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_result_has_its_own_memory_of_the_same_layout(dtype: torch.dtype, layout: str) -> None:
+    x = LAYOUTS[layout](torch.ones(300, 700, dtype=dtype))
+    out = torch.ops.batchnorm.result_like(x)
+    like = torch.empty_like(x)
+    assert (out.shape, out.dtype, out.stride()) == (like.shape, dtype, like.stride())
+    assert out.data_ptr() != x.data_ptr()
+    out.fill_(2)
+    assert bool((x == 1).all())
+
+
+def test_results_outlive_what_they_were_made_of_and_never_share_memory() -> None:
+    generator = np.random.default_rng(0)
+    scaler = StandardScaler().fit(generator.standard_normal((500, 300)))
+    batches = [generator.standard_normal((500, 300)).astype(np.float32) for _ in range(4)]
+    results = [scaler.transform(batch) for batch in batches]
+    expected = [((batch - scaler.mean_) / scaler.scale_).astype(np.float32) for batch in batches]
+    del scaler, batches
+    for result, reference_result in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, reference_result, rtol=1e-6, atol=1e-7)
+        assert result.flags.writeable
+    again = np.array(results[0])
+    results[1][:] = 0
+    np.testing.assert_array_equal(results[0], again)

@@ -3,6 +3,8 @@
     y = ((x - mean) - mean_low) / scale + offset, held in [low, high]
     y = ((x - offset) * scale + mean_low) + mean, with ``inverse``
 
+and ``batchnorm::result_like``, an uninitialized tensor for its result, of x's shape, dtype and strides.
+
 It is computed in float64 and rounded once. ``x`` is (N, C) or (N, C, P), floating point, with any strides; ``mean``,
 ``mean_low`` and ``scale`` are (C,) in float64. y is written into ``out``, of x's shape and dtype, which may be x. The
 operator returns whether x holds an infinite value; NaN stays NaN. The C++ kernel is in csrc/features.cpp.
@@ -19,6 +21,7 @@ SCHEMA = (
     "affine(Tensor x, Tensor mean, Tensor mean_low, Tensor scale, float offset, float low, float high, bool inverse,"
     " Tensor(a!) out) -> bool"
 )
+RESULT_SCHEMA = "result_like(Tensor x) -> Tensor"
 # The float64 copy of one block of rows stays in a core's second-level cache.
 _BLOCK_ELEMENTS = 2**17
 
@@ -52,8 +55,15 @@ def reference(
     return infinite
 
 
+def reference_result(x: Tensor) -> Tensor:
+    """torch's own memory; the C++ kernel takes that of results which have been freed, whose pages are there already."""
+    return torch.empty_like(x)
+
+
 # Kept for the life of the process: a Library that is collected takes its registrations with it.
 _registrations = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registrations.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _registrations.impl("affine", reference, "CompositeExplicitAutograd")
+_registrations.define(RESULT_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+_registrations.impl("result_like", reference_result, "CompositeExplicitAutograd")
 load()

@@ -37,7 +37,10 @@ class Affine:
         if isinstance(batch, SparseBatch):
             return self._apply_sparse(batch, inverse, in_place), False
         same = batch.values.dtype == dtype
-        out = batch.values if in_place and batch.writable and same else torch.empty_like(batch.values, dtype=dtype)
+        if same:
+            out = batch.values if in_place and batch.writable else torch.ops.batchnorm.result_like(batch.values)
+        else:
+            out = torch.empty_like(batch.values, dtype=dtype)
         statistics = tuple(s.to(out.device) for s in (self.mean, self.mean_low, self.scale))
         numbers = (self.offset, *(self.clip or (-torch.inf, torch.inf)), inverse)
         x, y = _three_axes(batch.values, batch.axis), _three_axes(out, batch.axis)
