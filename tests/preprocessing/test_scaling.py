@@ -92,8 +92,9 @@ def test_any_split_by_partial_fit_or_merge_is_one_fit(seed: int, offset: float, 
         merged = reduce(lambda a, b: a.merge(b), pieces, clone(scaler))
         for name, expected in learned(whole).items():
             if expected is not None:
-                np.testing.assert_allclose(getattr(streamed, name), expected, rtol=2e-12, err_msg=name)
-                np.testing.assert_allclose(getattr(merged, name), expected, rtol=2e-12, err_msg=name)
+                # A mean may cancel to next to nothing: beside deviations of 0.01 and more, 1e-15 is exact.
+                for learner in (streamed, merged):
+                    np.testing.assert_allclose(getattr(learner, name), expected, rtol=2e-12, atol=1e-15, err_msg=name)
     scaler = StandardScaler().fit(x, sample_weight=weights)
     for feature in range(3):
         seen = ~np.isnan(x[:, feature])
