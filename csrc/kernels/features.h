@@ -33,6 +33,34 @@ struct AffineMap {
   bool inverse, uniform;
 };
 
+// `count` samples of `channels` values. One of the strides is 1: the values of a sample lie side by side, or those of a channel.
+struct Samples {
+  const void* x;
+  int64_t count, channels, sample_stride, channel_stride;
+};
+
+// Deviations laid out for `multiply`: `depth` samples of every channel, in an order that each instruction set chooses for
+// itself. The panels of channels from c on, c a multiple of kPanelPadding, begin at c * depth; there are channels up to the next
+// such multiple, and so are there of s and q.
+struct Panels {
+  double* panels;
+  int64_t depth;
+  int64_t begin;  // where the next samples go
+  double *s, *q;  // sums of the weighted deviations and of their squares
+};
+constexpr int64_t kPanelPadding = 8;
+
+// Memory that will be read next, to be asked for in the meantime. It need not exist.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t bytes = 0;
+};
+
+// Rows [i0, i1) and columns [j0, j1) of a matrix, where they lie on its diagonal or below; i0 and j0 multiples of kPanelPadding.
+struct Tile {
+  int64_t i0, i1, j0, j1;
+};
+
 // The kernels of one type of data, compiled for one instruction set.
 struct FeatureKernels {
   // Adds the rows to the state. `weights`: one a row, or null; a row without weight does not count, whatever it holds.
@@ -40,6 +68,14 @@ struct FeatureKernels {
   void (*moments)(const Matrix&, const double* weights, bool skip_nan, const MomentsState&);
   // Writes y, of x's type and with rows `y_stride` apart; it may be x itself. Whether x holds an infinite value.
   bool (*affine)(const Matrix&, const AffineMap&, void* y, int64_t y_stride);
+  // Lays the samples' deviations from `origin` out, each times its `root`, and adds to s and q. `roots`: of the weights; all
+  // 1 where not `weighted`. A sample without weight is 0, whatever it holds. Origins are readable up to kPanelPadding.
+  void (*pack)(const Samples&, bool weighted, const double* roots, const double* origin, const Panels&);
+  // Sets the root of every sample that holds a NaN to 0.
+  void (*leave_out_incomplete)(const Samples&, double* roots);
+  // Adds sum_k d_ki d_kj over the first `rows` samples to the (channels, channels) matrix `out`, within the tile. Above the
+  // diagonal, within kPanelPadding of it, it may add something or nothing.
+  void (*multiply)(const Panels&, int64_t rows, const Tile&, double* out, int64_t channels, Ahead);
 };
 
 namespace {  // a copy for each instruction set: none of them may be linked into another

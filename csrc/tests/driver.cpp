@@ -16,6 +16,7 @@ int main(int count, char** arguments) {
     const int64_t before = compared;
     check_layers();
     check_preprocessing();
+    check_products();
     check_halves();
     std::printf("%s: %lld comparisons, %d thread%s\n", name.c_str(), static_cast<long long>(compared - before), threads,
                 threads == 1 ? "" : "s");

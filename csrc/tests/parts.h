@@ -11,6 +11,7 @@
 // Each runs kernels of the chosen instruction set and compares what they give with plain loops in double.
 void check_layers();         // layers.cpp
 void check_preprocessing();  // preprocessing.cpp
+void check_products();       // products.cpp
 void check_halves();         // halves.cpp
 
 inline int threads = 1;

@@ -30,3 +30,16 @@ def extended_scatter(rows: Any, weights: Any = None) -> tuple[Any, Any]:
     deviation = x - mean
     scatter = np.einsum("n,ni,nj->ij", w, deviation, deviation)
     return mean.astype(np.float64), scatter.astype(np.float64)
+
+
+def assert_exact_scatter(scatter: Any, x: Any, weights: Any = None, tolerance: float = 1e-12) -> None:
+    """The diagonal and the means against exact arithmetic, the rest against 80-bit floats."""
+    for feature, column in enumerate(np.asarray(x, dtype=np.float64).T):
+        count, mean, m2 = exact_moments(column, weights)
+        got = Fraction(float(scatter.mean[feature])) + Fraction(float(scatter.mean_low[feature]))
+        assert float(abs(Fraction(float(scatter.scatter[feature, feature])) - m2)) <= tolerance * float(m2)
+        assert float(abs(got - mean)) <= tolerance * (float(m2 / count) ** 0.5 + 1e-6 * abs(float(mean)))
+        assert float(abs(float(scatter.count) - count)) <= tolerance * float(count)
+    _, expected = extended_scatter(x, weights)
+    bound = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    assert (np.abs(scatter.scatter.numpy() - expected) <= tolerance * bound).all()

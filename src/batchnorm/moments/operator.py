@@ -86,15 +86,20 @@ torch.library.register_fake(f"{NAMESPACE}::moments", _fake, lib=_registrations)
 load()
 
 
-def pieces(x: Tensor, weights: Tensor | None, channel_axis: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """``x`` and its weights as the operator takes them: as a whole where that needs no copy, else block by block."""
+def pieces(
+    x: Tensor, weights: Tensor | None, channel_axis: int, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """``x`` and its weights as the operators take them: as a whole where that needs no copy, else block by block.
+
+    ``limit``: how many values a block may have, None for what suits one pass over the memory.
+    """
     channels = x.shape[channel_axis]
     if x.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         whole = _view(x.movedim(channel_axis, -1), weights, channel_axis)
         if whole is not None:
             yield whole
             return
-    for block, block_weights in cut_blocks(x, weights, channel_axis):
+    for block, block_weights in cut_blocks(x, weights, channel_axis, limit=limit):
         rows = block.movedim(channel_axis, -1).reshape(-1, channels)
         yield rows if rows.is_floating_point() else rows.to(torch.float64), _flat(block_weights, block, channel_axis)
 

@@ -1,4 +1,4 @@
-"""Moments and Scatter: what statistics know of data, and how two of them become one."""
+"""Moments: what statistics know of each channel, and how two of them become one."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from batchnorm._errors import DtypeError, InputError, ShapeError
-from batchnorm.moments.blocks import prepare, sample_rows, two_sum
+from batchnorm.moments.blocks import prepare, two_sum
 from batchnorm.moments.operator import compute, pieces
-from batchnorm.moments.products import products_about
 
 
 @overload
@@ -168,74 +167,3 @@ class Moments(Mergeable):
     def std(self, ddof: float = 0) -> Tensor:
         """The square root of :meth:`var`."""
         return self.var(ddof).sqrt()
-
-
-@dataclass(frozen=True, eq=False)
-class Scatter(Mergeable):
-    """Count, mean and scatter matrix ``sum_i (x_i - mean)(x_i - mean)^T`` of vectors with C channels.
-
-    ``count`` is of shape (), ``mean`` and ``mean_low`` (see :class:`Moments`) of shape (C,), ``scatter`` of shape
-    (C, C); all float64. A vector counts as a whole: one with a NaN in any channel spoils all products of that channel,
-    or with ``skip_nan`` is left out entirely, so that the matrix stays positive semidefinite.
-    """
-
-    count: Tensor
-    mean: Tensor
-    mean_low: Tensor
-    scatter: Tensor
-
-    @classmethod
-    def empty(cls, num_features: int, device: torch.device | str = "cpu") -> Self:
-        """The statistics of nothing, which merge with everything."""
-        shapes: tuple[tuple[int, ...], ...] = ((), (num_features,), (num_features,), (num_features, num_features))
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    @classmethod
-    def from_batch(
-        cls,
-        x: Any,
-        *,
-        channel_axis: int = 1,
-        weights: Any = None,
-        mask: Any = None,
-        skip_nan: bool = False,
-    ) -> Self:
-        """The scatter of the channel vectors of ``x`` (N, C, *), each position of ``*`` a sample of its own.
-
-        Arguments and errors are those of :meth:`Moments.from_batch`.
-        """
-        data, w, axis = prepare(x, channel_axis, weights, mask)
-        scatter = cls.empty(data.shape[axis], data.device)
-        with torch.no_grad():
-            total = Moments._of(data, w, axis, skip_nan=False)
-            if bool(torch.isfinite(total.mean).all()):  # no sample is incomplete
-                return cls(total.count.amax(), total.mean, total.mean_low, products_about(data, w, axis, total.mean))
-            for rows, row_weights in sample_rows(data, w, axis, skip_nan):
-                own = Moments(*compute(rows, row_weights, False)[:4])
-                deviation = (rows - own.mean).sub_(own.mean_low)
-                weighted = deviation if row_weights is None else deviation * row_weights.unsqueeze(1)
-                scatter = scatter.merge(cls(own.count[0], own.mean, own.mean_low, weighted.T @ deviation))
-        return scatter
-
-    def merge(self, other: Self) -> Self:
-        """The scatter of both sets of vectors together, on this one's device. Raises ShapeError, DtypeError."""
-        other, merged, delta, balance = self._merge_means(other)
-        scatter = self.scatter + other.scatter
-        return type(self)(**merged, scatter=scatter.addr_(delta * balance, delta))
-
-    def cov(self, ddof: float = 0) -> Tensor:
-        """The covariance matrix (C, C), exactly symmetric: biased, or with ``ddof=1`` unbiased. NaN where undefined."""
-        biased = (self.scatter + self.scatter.T) / (2 * self.count)
-        return biased * bessel_factor(self.count, ddof) if ddof else biased
-
-    def var(self, ddof: float = 0) -> Tensor:
-        """The diagonal of :meth:`cov`."""
-        return self.moments().var(ddof)
-
-    def std(self, ddof: float = 0) -> Tensor:
-        """The square root of :meth:`var`."""
-        return self.var(ddof).sqrt()
-
-    def moments(self) -> Moments:
-        """Each channel's own moments."""
-        return Moments(self.count.expand(self.num_features), self.mean, self.mean_low, self.scatter.diagonal())
