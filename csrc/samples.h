@@ -83,19 +83,26 @@ class Block {
   int64_t rows = 0;
 
   explicit Block(const Input& input)
-      : s(padded(input.runs.channels)), q(s), input_(&input), panels_(new(std::align_val_t(64)) double[kDepth * s.size()]()) {}
+      : s(padded(input.runs.channels)), q(s), input_(&input), panels_(new(std::align_val_t(64)) double[kDepth * s.size()]()) {
+    all_alike();
+  }
 
   // Which samples count, and for how much.
   void choose(int64_t first, int64_t last) {
     first_ = first;
     rows = last - first;
-    weighted_ = input_->weights != nullptr;
-    weight = weighted_ ? 0 : static_cast<double>(rows);
-    for (int64_t k = 0; k < rows; ++k) {
-      weights_[k] = weighted_ ? input_->weights[first + k] : 1;
-      roots_[k] = std::sqrt(weights_[k]);
-      if (weighted_) weight += weights_[k];
+    weight = static_cast<double>(rows);
+    if (input_->weights != nullptr) {
+      weight = 0;
+      for (int64_t k = 0; k < rows; ++k) {
+        weights_[k] = input_->weights[first + k];
+        roots_[k] = std::sqrt(weights_[k]);
+        weight += weights_[k];
+      }
+    } else if (weighted_) {
+      all_alike();
     }
+    weighted_ = input_->weights != nullptr;
     if (missing_) leave_out_incomplete();
   }
   void pack(const std::vector<double>& origin) {
@@ -136,6 +143,10 @@ class Block {
   }
 
  private:
+  void all_alike() {
+    std::fill_n(weights_, kDepth, 1);
+    std::fill_n(roots_, kDepth, 1);
+  }
   void pack_once(const std::vector<double>& origin) {
     std::fill(s.begin(), s.end(), 0);
     std::fill(q.begin(), q.end(), 0);

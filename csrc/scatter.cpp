@@ -36,8 +36,13 @@ struct Sums {
   double weight;
   std::vector<double> origin, s;
   double* products;
+  std::vector<double> q;  // the diagonal, for a look at it
 
   double* row(int64_t i) const { return products + i * channels; }
+  void read_diagonal() {
+    q.resize(channels);
+    for (int64_t i = 0; i < channels; ++i) q[i] = row(i)[i];
+  }
 
   // With d' = d - c: sum d' d'^T = sum d d^T - c s^T - s c^T + n c c^T.
   void move_to(const std::vector<double>& to) {
@@ -54,6 +59,7 @@ struct Sums {
         }
       });
       std::copy(moved.begin(), moved.end(), s.begin());
+      read_diagonal();
     }
     std::copy_n(to.begin(), channels, origin.begin());
   }
@@ -65,7 +71,7 @@ struct Sums {
     const double all = weight + more;
     bool far = false;
     for (int64_t i = 0; i < channels; ++i) {
-      const double sum = s[i] + more_s[i], squares = (weight > 0 ? row(i)[i] : 0) + more_q[i], taken = sum / all * sum;
+      const double sum = s[i] + more_s[i], squares = q[i] + more_q[i], taken = sum / all * sum;
       far |= taken > kFar * (squares - taken) && std::isfinite(squares);
     }
     if (!far) return {};
@@ -99,53 +105,77 @@ void choose_origin(const Input& input, Sums& sums) {
   }
 }
 
-// Adds one block or several. `each(count, visit)` says whether they and the tiles of the matrix go to threads.
+// Adds samples to sums, a few blocks at a time. `each(count, visit)` says whether blocks, and tiles of the matrix, go to threads.
 template <class Each>
-void add_blocks(Sums& sums, std::vector<Block>& blocks, int64_t first, int64_t last, int64_t end, int64_t edge,
-                const Input& input, Each each) {
-  const int64_t used = (last - first + kDepth - 1) / kDepth;
-  each(used, [&](int64_t b) {
-    blocks[b].choose(first + b * kDepth, std::min(first + (b + 1) * kDepth, last));
-    blocks[b].pack(sums.origin);
-  });
-  double weight = 0;
-  const auto add_up = [&](std::vector<double>& s, std::vector<double>& q) {
-    s.assign(sums.channels, 0);
-    q.assign(sums.channels, 0);
-    weight = 0;
-    for (int64_t b = 0; b < used; ++b) {
-      weight += blocks[b].weight;
-      for (int64_t i = 0; i < sums.channels; ++i) s[i] += blocks[b].s[i], q[i] += blocks[b].q[i];
+class Addition {
+ public:
+  Addition(const Input& input, Sums& sums, int64_t blocks, int64_t edge, Each each)
+      : input_(input), sums_(sums), each_(each), s_(sums.channels), q_(sums.channels) {
+    for (int64_t b = 0; b < blocks; ++b) blocks_.emplace_back(input);
+    // The lower triangle, with what is on its diagonal, and only half the work, last.
+    const int64_t channels = sums.channels, side = (channels + edge - 1) / edge;
+    for (int64_t apart = side - 1; apart >= 0; --apart) {
+      for (int64_t j = 0; j + apart < side; ++j) {
+        const int64_t i = j + apart;
+        tiles_.push_back({i * edge, std::min((i + 1) * edge, channels), j * edge, std::min((j + 1) * edge, channels)});
+      }
     }
-  };
-  std::vector<double> s, q;
-  add_up(s, q);
-  if (!(weight > 0)) return;
-  if (const auto origin = sums.better_origin(weight, s, q); !origin.empty()) {
-    sums.move_to(origin);
-    each(used, [&](int64_t b) { blocks[b].pack(sums.origin); });
-    add_up(s, q);
   }
-  sums.weight += weight;
-  for (int64_t i = 0; i < sums.channels; ++i) sums.s[i] += s[i];
 
-  // Tiles of the lower triangle, those on the diagonal, which are half the work, last.
-  std::vector<Tile> tiles;
-  const int64_t side = (sums.channels + edge - 1) / edge;
-  for (int64_t apart = side - 1; apart >= 0; --apart) {
-    for (int64_t j = 0; j + apart < side; ++j) {
-      const int64_t i = j + apart;
-      tiles.push_back({i * edge, std::min((i + 1) * edge, sums.channels), j * edge, std::min((j + 1) * edge, sums.channels)});
-    }
+  void add(int64_t first, int64_t last) {
+    const auto step = static_cast<int64_t>(blocks_.size()) * kDepth;
+    for (; first < last; first += step) add_blocks(first, std::min(first + step, last), last);
   }
-  const Ahead next = input.runs.ahead(last, std::min(2 * last - first, end));
-  const int64_t share = next.bytes / static_cast<int64_t>(tiles.size());
-  each(static_cast<int64_t>(tiles.size()), [&](int64_t t) {
-    for (int64_t b = 0; b < used; ++b) {
-      blocks[b].multiply(tiles[t], sums.products, b == 0 ? Ahead{next.at + t * share, share} : Ahead{});
+
+ private:
+  void add_blocks(int64_t first, int64_t last, int64_t end) {
+    used_ = (last - first + kDepth - 1) / kDepth;
+    each_(used_, [&](int64_t b) {
+      blocks_[b].choose(first + b * kDepth, std::min(first + (b + 1) * kDepth, last));
+      blocks_[b].pack(sums_.origin);
+    });
+    double weight = add_up();
+    if (!(weight > 0)) return;
+    if (const auto origin = sums_.better_origin(weight, s_, q_); !origin.empty()) {
+      sums_.move_to(origin);
+      each_(used_, [&](int64_t b) { blocks_[b].pack(sums_.origin); });
+      weight = add_up();
     }
-  });
-}
+    sums_.weight += weight;
+    for (int64_t i = 0; i < sums_.channels; ++i) {
+      sums_.s[i] += s_[i];
+      sums_.q[i] += q_[i];
+    }
+    const Ahead next = input_.runs.ahead(last, std::min(2 * last - first, end));
+    const int64_t share = next.bytes / static_cast<int64_t>(tiles_.size());
+    each_(static_cast<int64_t>(tiles_.size()), [&](int64_t t) {
+      for (int64_t b = 0; b < used_; ++b) {
+        blocks_[b].multiply(tiles_[t], sums_.products, b == 0 ? Ahead{next.at + t * share, share} : Ahead{});
+      }
+    });
+  }
+  double add_up() {
+    double weight = blocks_[0].weight;
+    s_ = blocks_[0].s;
+    q_ = blocks_[0].q;
+    for (int64_t b = 1; b < used_; ++b) {
+      weight += blocks_[b].weight;
+      for (int64_t i = 0; i < sums_.channels; ++i) {
+        s_[i] += blocks_[b].s[i];
+        q_[i] += blocks_[b].q[i];
+      }
+    }
+    return weight;
+  }
+
+  const Input& input_;
+  Sums& sums_;
+  Each each_;
+  int64_t used_ = 0;
+  std::vector<Block> blocks_;
+  std::vector<Tile> tiles_;
+  std::vector<double> s_, q_;
+};
 
 // `pieces` runs of samples at the same time, each with sums of its own, which are added up in the end.
 void add_by_samples(Sums& sums, const Input& input, int64_t pieces) {
@@ -158,19 +188,16 @@ void add_by_samples(Sums& sums, const Input& input, int64_t pieces) {
     if (p == 0) continue;
     parts[p].weight = 0;
     std::fill(parts[p].s.begin(), parts[p].s.end(), 0);
+    std::fill(parts[p].q.begin(), parts[p].q.end(), 0);
   }
   const auto work = [&](int64_t p) {
     if (p > 0) {
       memory[p].resize(channels * channels);
       parts[p].products = memory[p].data();
     }
-    std::vector<Block> blocks;
-    blocks.emplace_back(input);
-    const int64_t last = samples * (p + 1) / pieces;
-    for (int64_t first = samples * p / pieces; first < last; first += kDepth) {
-      add_blocks(parts[p], blocks, first, std::min(first + kDepth, last), last, kEdge, input,
-                 [](int64_t count, auto visit) { in_turn(count, visit); });
-    }
+    Addition(input, parts[p], 1, kEdge, [](int64_t count, auto visit) {
+      in_turn(count, visit);
+    }).add(samples * p / pieces, samples * (p + 1) / pieces);
   };
   if (pieces == 1) {
     work(0);
@@ -213,13 +240,10 @@ void add_by_tiles(Sums& sums, const Input& input) {
   const int64_t samples = input.runs.samples(), threads = torch::stable::get_num_threads();
   const int64_t bytes = kDepth * padded(sums.channels) * static_cast<int64_t>(sizeof(double));
   const int64_t at_once = std::min(std::clamp<int64_t>(2 * threads, 8, 32), std::max<int64_t>(1, kPanelBytes / bytes));
-  const int64_t number = std::min(at_once, (samples + kDepth - 1) / kDepth);
-  std::vector<Block> blocks;
-  for (int64_t b = 0; b < number; ++b) blocks.emplace_back(input);
-  for (int64_t first = 0; first < samples; first += number * kDepth) {
-    add_blocks(sums, blocks, first, std::min(first + number * kDepth, samples), samples, sums.channels < kWide ? 96 : 192, input,
-               [](int64_t count, auto visit) { side_by_side(count, visit); });
-  }
+  const int64_t blocks = std::min(at_once, (samples + kDepth - 1) / kDepth);
+  Addition(input, sums, blocks, sums.channels < kWide ? 96 : 192, [](int64_t count, auto visit) {
+    side_by_side(count, visit);
+  }).add(0, samples);
 }
 
 double* doubles_of(const Tensor& tensor, int64_t size, const char* name) {
@@ -240,10 +264,11 @@ void add_products(Tensor x, Maybe weights, bool skip_nan, Tensor count, Tensor o
   }
   double *n = doubles_of(count, 1, "count"), *o = doubles_of(origin, channels, "origin"), *s = doubles_of(total, channels, "total");
   Sums sums{channels, *n, std::vector<double>(padded(channels)), std::vector<double>(channels),
-            doubles_of(products, channels * channels, "products")};
+            doubles_of(products, channels * channels, "products"), {}};
   if (samples == 0 || channels == 0) return;
   std::copy_n(o, channels, sums.origin.begin());
   std::copy_n(s, channels, sums.s.begin());
+  sums.read_diagonal();
   if (!(sums.weight > 0)) choose_origin(input, sums);
 
   // Sums of its own for each thread cost it a pass over the matrix or two, and memory.
