@@ -243,6 +243,20 @@ def test_channels(method: str) -> None:
     assert Whitener("pca", n_components=2, channel_axis=1).fit_transform(x).shape == (9, 2, 4, 5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", [3, 700])
+def test_float32_is_rounded_once(method: str, rows: int) -> None:
+    x = data(rows=700, columns=40, offset=100.0).astype(np.float32)
+    fitted = Whitener(method).fit(x)
+    single, double = fitted.transform(x[:rows]), fitted.transform(x[:rows].astype(np.float64))
+    assert single.dtype == np.float32
+    np.testing.assert_array_equal(single, double.astype(np.float32))
+    by_hand = (x[:rows].astype(np.float64) - fitted.mean_) @ fitted.whitening_.T
+    np.testing.assert_allclose(double, by_hand, atol=1e-9)
+    back = fitted.inverse_transform(single)
+    np.testing.assert_allclose(back, x[:rows], rtol=1e-6)
+
+
 def test_constant_and_single() -> None:
     same = np.full((5, 3), 0.1)
     assert not Whitener("zca").fit_transform(same).any()

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 
 from batchnorm import InputError
 from batchnorm.preprocessing import Whitener, load, spectrum
+from batchnorm.preprocessing.shrinkage import FourthMoments
 from oracles.preprocessing import ledoit_wolf
 
 EIGEN = ("pca", "zca", "pca-cor", "zca-cor")
@@ -239,6 +240,34 @@ def test_the_solver_for_wide_data_is_the_other_one(n_components: Any, monkeypatc
         np.testing.assert_allclose(large.components_, each.components_, atol=1e-9)
         np.testing.assert_allclose(large.components_ @ large.components_.T, np.eye(large.n_components_), atol=1e-12)
         np.testing.assert_allclose(large.transform(x), each.transform(x), atol=1e-8)
+
+
+def test_fourth_moments_of_pairs_and_of_norms_are_the_same_sums() -> None:
+    generator = np.random.default_rng(0)
+    x = torch.from_numpy(wide(rows=90, columns=6, offset=1e3))
+    weights = torch.from_numpy(generator.random(90))
+
+    def of(part: slice, pairs: bool) -> FourthMoments:
+        return FourthMoments.from_batch(x[part], channel_axis=1, weights=weights[part], skip_nan=True, pairs=pairs)
+
+    parts = (slice(0, 20), slice(20, 21), slice(21, 90))
+    deviation = x - (weights / weights.sum()) @ x
+    norms = deviation.square().sum(1)
+    for kinds in ((True,) * 3, (False,) * 3, (True, False, True)):
+        merged = reduce(lambda a, b: a.merge(b), (of(p, k) for p, k in zip(parts, kinds, strict=True)))
+        assert merged.pairs == all(kinds)
+        np.testing.assert_allclose(merged.summed().fourth, (weights * norms.square()).sum(), rtol=1e-10)
+        third = (weights * norms) @ deviation
+        np.testing.assert_allclose(merged.summed().third, third, rtol=1e-8, atol=1e-8 * float(third.abs().max()))
+    tables = reduce(lambda a, b: a.merge(b), (of(p, True) for p in parts))
+    squares = deviation.square()
+    np.testing.assert_allclose(tables.fourth, (squares * weights[:, None]).T @ squares, rtol=1e-9)
+    third = (squares * weights[:, None]).T @ deviation
+    np.testing.assert_allclose(tables.third, third, rtol=1e-8, atol=1e-9 * float(third.abs().max()))
+    # Learned for a covariance, they say nothing of a correlation.
+    fitted = Whitener("pca", shrinkage="ledoit-wolf").fit(x).set_params(method="pca-cor").partial_fit(x[:3])
+    with pytest.raises(InputError, match="Ledoit-Wolf of a correlation needs statistics of its own from the first"):
+        _ = fitted.whitening_
 
 
 def test_total_variance_where_few_directions_are_known() -> None:
