@@ -13,6 +13,7 @@ from __future__ import annotations
 from batchnorm.preprocessing.alignment import CORAL
 from batchnorm.preprocessing.artefact import SavedModel, load_model, save_model
 from batchnorm.preprocessing.centering import MeanSubtractor
+from batchnorm.preprocessing.distributed import fit_files_on_ray, local, ray_dataset, transform_files_on_ray
 from batchnorm.preprocessing.saving import load
 from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
 from batchnorm.preprocessing.sources import open_source
@@ -25,8 +26,12 @@ __all__ = [
     "SavedModel",
     "StandardScaler",
     "Whitener",
+    "fit_files_on_ray",
     "load",
     "load_model",
+    "local",
     "open_source",
+    "ray_dataset",
     "save_model",
+    "transform_files_on_ray",
 ]

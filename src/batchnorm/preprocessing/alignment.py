@@ -120,7 +120,6 @@ class CORAL(Normalizer):
     def _learn_domains(self, domains: dict[str, tuple[Any, Any]], *, afresh: bool, complete: bool) -> Self:
         before = dict(self.__dict__)
         try:
-            self._check_parameters()
             if afresh:
                 for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
                     delattr(self, name)
@@ -128,7 +127,7 @@ class CORAL(Normalizer):
             stats = {"source": known.source, "target": known.target}
             for domain, (X, weight) in domains.items():
                 try:
-                    stats[domain] = self._learn_domain(X, weight, stats[domain])
+                    stats[domain] = self._learned(X, weight, stats[domain], together=complete)
                 except BatchnormError as error:
                     if domain == "source":
                         raise
@@ -142,11 +141,15 @@ class CORAL(Normalizer):
             raise
         return self
 
-    def _learn_domain(self, X: Any, weight: Any, stats: Learned | None) -> Learned:
+    def _learned_here(self, X: Any, sample_weight: Any, stats: Learned | None) -> Learned:
         if self._is_stream(X) or isinstance(X, np.memmap):
-            return self._learn_parts(open_source(X), weight, stats)
+            return self._learn_parts(open_source(X), sample_weight, stats)
         batch = read(self, X, reset=not hasattr(self, "n_features_in_"))
-        return self._accumulate(stats, batch, read_weights(weight, batch))
+        return self._accumulate(stats, batch, read_weights(sample_weight, batch))
+
+    def _check_learned(self, known: Any, stats: Learned) -> None:  # noqa: ARG002 -- both domains count
+        if self.__sklearn_is_fitted__():
+            self._check_same_statistics(Domains(source=stats))
 
     def _read_part(self, source: Source, part: Part, *, reset: bool, **options: Any) -> Batch:
         # The second domain must have the features of the first.

@@ -17,6 +17,10 @@ from torch import Tensor
 
 from batchnorm._errors import BatchnormError, DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments
+from batchnorm.preprocessing.batch import NothingToLearnError
+from batchnorm.preprocessing.distributed.estimator import Distributed
+from batchnorm.preprocessing.distributed.ray_data import is_spread
+from batchnorm.preprocessing.distributed.ray_transform import transform_dataset
 from batchnorm.preprocessing.front import FrontOfNetwork
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
 from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source
@@ -34,7 +38,7 @@ class Statistics(Protocol):
 
 
 # ruff: noqa: ARG002 -- scikit-learn's signature: fit takes a y that transformers ignore
-class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+class Normalizer(Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Base of the estimators. All that is learned is one immutable statistics object, replaced as a whole.
 
     A subclass says what it learns (``_statistics``), which attributes show it (``_publish``), and how it transforms.
@@ -51,10 +55,12 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
         ``X``: (N, features), or (N, C, *) with ``channel_axis``; NumPy, torch, pandas, polars, pyarrow or nested lists,
         and sparse matrices (SciPy's, torch's CSR and CSC) where zeros stay zeros, see ``StandardScaler``. Or a
         stream of such batches: a path, a DataLoader, any iterable, a ``Source`` (see ``open_source``); a stream and a
-        memory map are read once, a part at a time. NaN is missing and left out. ``y`` is ignored. ``sample_weight``:
-        (N,), not negative; an integer weight is the same as so many repetitions, zero as absence.
+        memory map are read once, a part at a time. Or a Ray Dataset, see ``ray_dataset``. NaN is missing and left out.
+        ``y`` is ignored. ``sample_weight``: (N,), not negative; an integer weight is the same as so many repetitions,
+        zero as absence. Where torch.distributed runs, every rank passes its shard and learns of all, see ``local``.
 
-        Raises InputError (infinite values, bad weights), ShapeError, DtypeError; the estimator is then as it was.
+        Raises InputError (infinite values, bad weights), ShapeError, DtypeError, SynchronizationError (ranks that
+        disagree, fail or do not come); the estimator is then as it was.
         """
         return self._learn(X, sample_weight, afresh=True, complete=True)
 
@@ -194,16 +200,10 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
     def _learn(self, X: Any, sample_weight: Any, *, afresh: bool, complete: bool) -> Self:
         before = dict(self.__dict__)
         try:
-            self._check_parameters()
             if afresh:
                 for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
                     delattr(self, name)
-            known = None if afresh else self._stats
-            if self._is_stream(X) or isinstance(X, np.memmap):
-                self._stats = self._learn_parts(open_source(X), sample_weight, known)
-            else:
-                batch = read(self, X, reset=afresh)
-                self._stats = self._accumulate(known, batch, read_weights(sample_weight, batch))
+            self._stats = self._learned(X, sample_weight, None if afresh else self._stats, together=complete)
             self._publish()
             if complete:
                 self._complete()
@@ -211,6 +211,12 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
             self._roll_back(before)
             raise
         return self
+
+    def _learned_here(self, X: Any, sample_weight: Any, stats: Any) -> Any:
+        if self._is_stream(X) or isinstance(X, np.memmap):
+            return self._learn_parts(open_source(X), sample_weight, stats)
+        batch = read(self, X, reset=stats is None)
+        return self._accumulate(stats, batch, read_weights(sample_weight, batch))
 
     def _is_stream(self, X: Any) -> bool:
         # A list of arrays of two or more dimensions is one array of samples where samples have such shapes.
@@ -235,11 +241,13 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
             row += rows
             weighed |= w is None or bool((w > 0).any())
         if row == 0:
-            raise ShapeError(f"Found no samples in {source.label}: 0 sample(s) while a minimum of 1 is required.")
+            raise NothingToLearnError(
+                f"Found no samples in {source.label}: 0 sample(s) while a minimum of 1 is required."
+            )
         if weights is not None and len(weights) != row:
             raise ShapeError(f"sample_weight must have one weight a sample, got {len(weights)} for {row} samples")
         if not weighed:
-            raise InputError("sample weights must contain at least one non-zero number: all are zero")
+            raise NothingToLearnError("sample weights must contain at least one non-zero number: all are zero")
         return stats
 
     def _read_part(self, source: Source, part: Part, *, reset: bool, **options: Any) -> Batch:
@@ -256,6 +264,8 @@ class Normalizer(FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEst
 
     def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
         check_is_fitted(self)
+        if is_spread(X):
+            return transform_dataset(self, X, inverse)
         if self._is_stream(X):
             return self._transform_parts(open_source(X), inverse)
         return self._transform_batch(read(self, X, reset=False, **self._expected(inverse)), inverse, copy)

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchnorm._errors import ShapeError
 from batchnorm.moments import Moments
 
 # The float64 copy of one block of rows stays in a core's second-level cache.
 BLOCK_ELEMENTS = 2**17
+
+
+class NothingToLearnError(ShapeError):
+    """No sample, or none with a weight: no error where another process has some."""
 
 
 @dataclass(frozen=True)

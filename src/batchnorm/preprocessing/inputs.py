@@ -15,7 +15,7 @@ from torch import Tensor
 
 from batchnorm._errors import DtypeError, InputError, ShapeError
 from batchnorm.moments import as_tensor
-from batchnorm.preprocessing.batch import Batch
+from batchnorm.preprocessing.batch import Batch, NothingToLearnError
 from batchnorm.preprocessing.frames import (
     column_names,
     is_frame,
@@ -86,7 +86,9 @@ def _check_tensor(X: Tensor, channel_axis: int | None) -> Tensor:
     if X.ndim < 2:
         raise ShapeError(f"X must be at least 2-D (samples, channels, ...), got {X.ndim}-D")
     if X.shape[0] == 0:
-        raise ShapeError(f"Found array with 0 sample(s) (shape={tuple(X.shape)}) while a minimum of 1 is required.")
+        raise NothingToLearnError(
+            f"Found array with 0 sample(s) (shape={tuple(X.shape)}) while a minimum of 1 is required."
+        )
     if X.numel() == 0:
         raise ShapeError(f"Found array with 0 feature(s) (shape={tuple(X.shape)}) while a minimum of 1 is required.")
     return X
@@ -123,6 +125,8 @@ def _check_array(estimator: Any, X: Any, reset: bool, check_names: bool, channel
             raise ShapeError(f"expected rows of one length, {_first_ragged(X)}") from error
         # One line, but for the list of feature names, which scikit-learn's own checks compare with its line breaks.
         text = text if text.startswith("The feature names") else text.partition("\n")[0]
+        if "with 0 sample(s)" in text:
+            raise NothingToLearnError(text) from error
         shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but"))
         raise (ShapeError if shape else InputError)(text) from error
     if array.ndim < 2:
@@ -204,7 +208,7 @@ def read_weights(sample_weight: Any, batch: Batch, *, zeros: bool = False) -> Te
             f"sample_weight must be finite and not negative, got {float(weights[row])} for row {batch.first_row + row}"
         )
     if not zeros and not bool((weights > 0).any()):
-        raise InputError("sample weights must contain at least one non-zero number: all are zero")
+        raise NothingToLearnError("sample weights must contain at least one non-zero number: all are zero")
     return weights.to(batch.values.device)
 
 

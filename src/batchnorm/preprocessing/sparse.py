@@ -19,7 +19,7 @@ from torch import Tensor
 from batchnorm._errors import DtypeError, InputError, ShapeError
 from batchnorm.moments import Moments, as_tensor
 from batchnorm.moments.blocks import two_sum
-from batchnorm.preprocessing.batch import BLOCK_ELEMENTS, Batch
+from batchnorm.preprocessing.batch import BLOCK_ELEMENTS, Batch, NothingToLearnError
 
 _LAYOUTS = (torch.sparse_csr, torch.sparse_csc)
 
@@ -162,6 +162,8 @@ def read_sparse(estimator: Any, X: Any, *, reset: bool, check_names: bool, first
         matrix = validate_data(estimator, X, reset=reset, **options) if check_names else check_array(X, **options)
     except ValueError as error:
         text = str(error).partition("\n")[0]
+        if "with 0 sample(s)" in text:
+            raise NothingToLearnError(text) from error
         shape = any(word in text for word in ("sample(s)", "feature(s)", "features, but", "2D"))
         raise (ShapeError if shape else InputError)(text) from error
     if not matrix.has_canonical_format:  # a value in two parts, which are meant to be added

@@ -126,13 +126,13 @@ class Whitener(Normalizer):
         other._refuse_randomized("be merged")
         super()._check_mergeable(other)
         if self.__sklearn_is_fitted__():
-            self._check_same_statistics(self._stats, other._stats)
+            self._check_learned(self._stats, other._stats)
 
     @staticmethod
-    def _check_same_statistics(known: SecondMoments | Sketch, stats: SecondMoments | Sketch) -> None:
+    def _check_learned(known: SecondMoments | Sketch | None, stats: SecondMoments | Sketch) -> None:
         if isinstance(known, Sketch) or isinstance(stats, Sketch):
             raise InputError("what solver='randomized' has learned cannot be added to: fit again")
-        if (known.fourth is None) != (stats.fourth is None):
+        if known is not None and (known.fourth is None) != (stats.fourth is None):
             raise InputError('shrinkage="ledoit-wolf" needs statistics of its own from the first batch on: fit again')
 
     def _statistics(self, batch: Batch, weights: Tensor | None) -> SecondMoments | Sketch:
@@ -168,7 +168,7 @@ class Whitener(Normalizer):
         if stats is None:
             return learned
         if self.solver != "randomized":
-            self._check_same_statistics(stats, learned)
+            self._check_learned(stats, learned)
         return stats.merge(learned)
 
     def _learn_parts(self, source: Source, sample_weight: Any, stats: Any) -> Any:

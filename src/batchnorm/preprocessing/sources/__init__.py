@@ -25,7 +25,7 @@ from batchnorm.preprocessing.sources.memory import (
 from batchnorm.preprocessing.sources.source import Part, Progress, Source
 from batchnorm.preprocessing.sources.streams import DatasetSource, IterableSource
 
-__all__ = ["Part", "Source", "is_paths", "is_stream", "open_source"]
+__all__ = ["Part", "Source", "is_paths", "is_ray", "is_stream", "open_source"]
 
 
 def is_stream(X: Any) -> bool:
@@ -35,7 +35,7 @@ def is_stream(X: Any) -> bool:
     nested lists are not: they are one batch. Nor is a memory map, whose transform is an array; ``fit`` reads it in
     blocks all the same. A list or tuple is, if its items have two dimensions or more.
     """
-    if isinstance(X, (str, PathLike, Source, Dataset)):
+    if isinstance(X, (str, PathLike, Source, Dataset)) or is_ray(X):
         return True
     names = ("__array__", "shape", "__dataframe__", "columns")
     # Of the class first: a LazyFrame would work out its plan for its columns.
@@ -46,6 +46,11 @@ def is_stream(X: Any) -> bool:
     if isinstance(X, Iterable):
         return not isinstance(X, (bytes, bytearray, range, set, frozenset))
     return hasattr(X, "to_batches") and hasattr(X, "schema")
+
+
+def is_ray(X: Any) -> bool:
+    """Whether ``X`` is a Dataset or DataIterator of Ray, which is not imported for that."""
+    return type(X).__module__.startswith("ray.data") and hasattr(X, "iter_batches")
 
 
 def is_paths(X: Any) -> bool:
@@ -90,6 +95,10 @@ def _source(X: Any, choice: Choice) -> Source:
         return _of_files(X, choice)
     if isinstance(X, Dataset):
         return DatasetSource(X, choice)
+    if is_ray(X):
+        from batchnorm.preprocessing.distributed.ray_data import RayDataset
+
+        return RayDataset(X, choice)
     if hasattr(X, "schema") and any(hasattr(X, name) for name in ("num_rows", "to_batches", "read_next_batch")):
         return TableSource(X, choice)
     if is_stream(X):

@@ -1,0 +1,186 @@
+"""Files that a Ray cluster reads and writes: what ``--ray ADDRESS`` of the command line does."""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from batchnorm._errors import BatchnormError, InputError, OutputError
+from batchnorm.preprocessing.distributed.ray_data import RayDataset, need_ray, ray_dataset
+from batchnorm.preprocessing.distributed.ray_transform import transform
+
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+_FORMATS = ("parquet", "csv", "npy")
+
+
+def fit_files_on_ray(
+    estimator: Any,
+    source: Paths,
+    *,
+    columns: Sequence[str] | str | None = None,
+    weights: str | None = None,
+    address: str | None = "auto",
+) -> Any:
+    """Fit ``estimator`` to files on a Ray cluster, and return it.
+
+    ``source``: a file, folder, pattern, or several; .parquet, .csv or .npy, on a path that all nodes see, or a URI
+    (``s3://...``). ``columns``, ``weights``: see :func:`ray_dataset`; of Parquet no other columns are read. An .npy
+    file has the one column "data". ``address``: of the cluster, as for ``ray.init``; "local" starts one on this
+    machine. A Ray that runs in this process already is used whatever the address, and left running.
+
+    Raises InputError where there are no such files, and what ``fit`` raises.
+    """
+    with cluster(address), _reading(source):
+        data = _open(source, columns, weights)
+        wanted = data.chosen if weights is None or data.chosen is None else [*data.chosen, weights]
+        if wanted is not None and set(wanted) <= set(data.known or []):
+            data = ray_dataset(data.dataset.select_columns(wanted), data.chosen, weights)  # the reader skips the others
+        return estimator.fit(data)
+
+
+def transform_files_on_ray(
+    estimator: Any,
+    source: Paths,
+    folder: str | PathLike[str],
+    *,
+    columns: Sequence[str] | str | None = None,
+    inverse: bool = False,
+    address: str | None = "auto",
+) -> None:
+    """Transform files on a Ray cluster into a new ``folder`` of files of the same format, other columns as they are.
+
+    The folder, which all nodes must see, appears when it is whole. Arguments as for :func:`fit_files_on_ray`.
+
+    Raises OutputError where the folder exists or cannot be written, InputError and what ``transform`` raises.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise OutputError(f"cannot write to {str(target)!r}: it exists already, name a new folder")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
+    with cluster(address), _reading(source):
+        data = _open(source, columns, None)
+        out = transform(estimator, data, inverse=inverse)
+        kind = _format(_paths(source)[0])
+        try:
+            partial.mkdir(parents=True)
+            if kind == "npy":
+                (name,) = columns if columns is not None and not isinstance(columns, str) else [columns or "data"]
+                out.write_numpy(str(partial), column=name)
+            else:
+                getattr(out, f"write_{kind}")(str(partial))
+            os.replace(partial, target)
+        except OSError as error:
+            raise OutputError(f"cannot write to {str(target)!r}: {error.strerror or error}") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """A connection to the Ray cluster at ``address`` if this process has none; closed at the end if made here.
+
+    Raises InputError where nothing answers there.
+    """
+    need_ray()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        cause = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"expected a Ray cluster at {address!r}, got {cause!r}: see `ray start`") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | None) -> RayDataset:
+    data = need_ray()
+    paths = _paths(source)
+    read = {"npy": data.read_numpy, "csv": data.read_csv, "parquet": data.read_parquet}[_format(paths[0])]
+    context = data.DataContext.get_current()
+    newer = getattr(context, "use_datasource_v2", False)
+    # Ray 2.60's newer reader looks paths up in threads, which fail now and then where aiohttp is not installed: they
+    # import fsspec's HTTP file system at once.
+    if newer:
+        context.use_datasource_v2 = False
+    try:
+        dataset = read(paths)
+    finally:
+        if newer:
+            context.use_datasource_v2 = True
+    # Or our errors would be the last lines of Ray's.
+    dataset.context.raise_original_map_exception = True
+    return ray_dataset(dataset, columns, weights)
+
+
+@contextmanager
+def _reading(source: Paths) -> Iterator[None]:
+    """Errors of the tasks and of readers as the package's own."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except BatchnormError as error:
+        raise _ours(error) or error from error
+    except RayTaskError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise _ours(error) or InputError(f"cannot read {source!s} on Ray: {lines[-1] if lines else error!r}") from error
+    except (OSError, ValueError) as error:  # the schema of Parquet is read here
+        raise InputError(f"cannot read {source!s} on Ray: {(str(error) or repr(error)).splitlines()[0]}") from error
+
+
+def _paths(source: Paths) -> list[str]:
+    """Files and folders, patterns expanded in the order of names."""
+    given = [source] if isinstance(source, (str, PathLike)) else list(source)
+    found: list[str] = []
+    for path in [os.fspath(item) for item in given]:
+        here = [path] if "://" in path or os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        if not here:
+            raise InputError(f"expected files at {path!r}, found none")
+        found += here
+    if not found:
+        raise InputError("expected at least one file, got none")
+    return found
+
+
+def _format(path: str) -> str:
+    """By the ending, of the first file if this is a folder."""
+    if os.path.isdir(path):
+        for _, _, names in sorted(os.walk(path)):
+            endings = sorted(Path(name).suffix[1:] for name in names if Path(name).suffix[1:] in _FORMATS)
+            if endings:
+                return endings[0]
+        raise InputError(f"expected files of {', '.join(_FORMATS)} in {path!r}, found none")
+    ending = Path(path).suffix[1:]
+    if ending in _FORMATS:
+        return ending
+    if "://" in path and not ending:  # a folder of objects
+        return "parquet"
+    raise InputError(f"expected files of {', '.join(_FORMATS)}, got {path!r}: on Ray there are no others")
+
+
+def _ours(error: BaseException) -> BatchnormError | None:
+    """The package's own error among the causes of Ray's."""
+    seen: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in seen:
+        seen.append(at)
+        cause = getattr(at, "cause", None)
+        for candidate in (at, cause):
+            if isinstance(candidate, BatchnormError) and type(candidate).__module__.startswith("batchnorm"):
+                # Ray has lines of its own behind our one.
+                return type(candidate)(str(candidate).partition("\n")[0])
+        at = cause if isinstance(cause, BaseException) else at.__cause__
+    return None
