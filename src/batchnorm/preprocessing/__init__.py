@@ -13,9 +13,11 @@ from __future__ import annotations
 from batchnorm.preprocessing.alignment import CORAL
 from batchnorm.preprocessing.artefact import SavedModel, load_model, save_model
 from batchnorm.preprocessing.centering import MeanSubtractor
+from batchnorm.preprocessing.describing import describe
 from batchnorm.preprocessing.distributed import fit_files_on_ray, local, ray_dataset, transform_files_on_ray
 from batchnorm.preprocessing.saving import load
 from batchnorm.preprocessing.scaling import MinMaxScaler, StandardScaler
+from batchnorm.preprocessing.sinks import transform_file
 from batchnorm.preprocessing.sources import open_source
 from batchnorm.preprocessing.whitening import Whitener
 
@@ -26,6 +28,7 @@ __all__ = [
     "SavedModel",
     "StandardScaler",
     "Whitener",
+    "describe",
     "fit_files_on_ray",
     "load",
     "load_model",
@@ -33,5 +36,6 @@ __all__ = [
     "open_source",
     "ray_dataset",
     "save_model",
+    "transform_file",
     "transform_files_on_ray",
 ]

@@ -71,6 +71,11 @@ def to_bytes(estimator: Normalizer) -> bytes:
     return safetensors.torch.save(tensors, {_FORMAT: text, "sha256": _digest(text, tensors)})
 
 
+def digest(estimator: Normalizer) -> str:
+    """A number that tells what was learned, and with which parameters, from anything else."""
+    return _metadata(to_bytes(estimator))["sha256"]
+
+
 def from_bytes(data: bytes, label: str) -> Any:
     """The estimator of :func:`to_bytes`. ``label`` names the source in messages. Raises StatisticsFileError."""
     from batchnorm import preprocessing
