@@ -19,9 +19,13 @@ import click
 from batchnorm import __version__
 from batchnorm._errors import BatchnormError
 from batchnorm.cli.completion import completion
+from batchnorm.cli.fit import fit
+from batchnorm.cli.inspect import inspect
+from batchnorm.cli.merge import merge
 from batchnorm.cli.report import report
 from batchnorm.cli.selftest import selftest
 from batchnorm.cli.study import study
+from batchnorm.cli.transform import transform
 
 INTERRUPTED = 130
 
@@ -31,6 +35,9 @@ INTERRUPTED = 130
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
+  batchnorm fit train.parquet --out stats.safetensors
+  batchnorm transform test.parquet --stats stats.safetensors --out normalized.parquet
+  batchnorm inspect stats.safetensors    what was learned, and what is suspicious in it
   batchnorm study                        the whole study, in under two minutes, and its page
   batchnorm study --quick                a first look, in half a minute
   batchnorm report runs/2026-01-31_12-00-00
@@ -41,12 +48,12 @@ Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.""",
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Normalization for PyTorch: what it does to a network, measured on this machine."""
+    """Normalization for PyTorch: of data of any size, and what it does to a network, measured on this machine."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
 
-for command in (study, report, selftest, completion):
+for command in (fit, transform, merge, inspect, study, report, selftest, completion):
     cli.add_command(command)
 
 
