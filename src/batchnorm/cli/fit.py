@@ -75,6 +75,9 @@ cholesky, and pca-cor, zca-cor, which standardize first. See batchnorm transform
 @click.option("--n-components", metavar="N|SHARE", callback=_count_or_share, help="Directions to keep, in whitening.")
 @click.option("--shrinkage", metavar="S", callback=_shrinkage, help="Of the covariance: ledoit-wolf, or 0 to 1.")
 @click.option("--eps", type=float, metavar="E", help="Added to each variance, in whitening.")
+@click.option(
+    "--solver", type=click.Choice(["auto", "eigh", "gram", "randomized"]), help="Of whitening, for wide data."
+)
 @click.option("--ray", metavar="ADDRESS", help="Fit on a Ray cluster: auto, local, or its address.")
 @options.force
 @options.as_json
@@ -93,6 +96,7 @@ def fit(
     n_components: int | float | None,
     shrinkage: str | float | None,
     eps: float | None,
+    solver: str | None,
     ray: str | None,
     force: bool,
     as_json: bool,
@@ -110,9 +114,12 @@ def fit(
         "n_components": n_components,
         "shrinkage": shrinkage,
         "eps": eps,
+        "solver": solver,
         "channel_axis": channel_axis,
     }
     given = {name: value for name, value in settings.items() if value is not None}
+    if ray is not None and batch_rows is not None:
+        raise click.UsageError("--batch-rows is not for --ray, which has blocks of its own")
     _check_usage(method, known, given)
     options.refuse_existing(
         out, force or (known is not None and out.exists() and known.exists() and out.samefile(known))
@@ -123,7 +130,8 @@ def fit(
     began = time.perf_counter()
     with options.warnings_told():
         if ray is not None:
-            rows = _fit_on_ray(estimator, sources, columns, weights, batch_rows, ray)
+            rows = None
+            _fit_on_ray(estimator, sources, columns, weights, ray)
         else:
             rows = _fit_here(estimator, sources, columns, weights, batch_rows)
         estimator.save(out)
@@ -189,11 +197,20 @@ def _fit_here(
     return meter.rows
 
 
-def _fit_on_ray(*_: Any) -> int:
-    raise NotImplementedError
+def _fit_on_ray(
+    estimator: Any, sources: tuple[str, ...], columns: tuple[str, ...] | None, weights: str | None, address: str
+) -> None:
+    from sklearn.base import clone
+
+    from batchnorm.preprocessing.distributed import fit_files_on_ray
+
+    # A fit forgets: what was known before is merged with what the cluster learns.
+    fresh = clone(estimator)
+    fit_files_on_ray(fresh, list(sources), columns=columns, weights=weights, address=address)
+    estimator.merge(fresh)
 
 
-def _tell(estimator: Any, out: Path, rows: int, seconds: float, as_json: bool) -> None:
+def _tell(estimator: Any, out: Path, rows: int | None, seconds: float, as_json: bool) -> None:
     from batchnorm.preprocessing.describing import describe
 
     found = describe(estimator)
@@ -213,10 +230,11 @@ def _tell(estimator: Any, out: Path, rows: int, seconds: float, as_json: bool) -
         return
     from batchnorm.cli.statistics import facts
 
-    rate = f" ({rows / seconds:,.0f} rows a second)" if seconds >= 0.05 else ""
+    rate = f" ({rows / seconds:,.0f} rows a second)" if rows and seconds >= 0.05 else ""
     lines = {
         "learned": found.title,
-        "rows": f"{rows:,}",
+        "rows": "" if rows is None else f"{rows:,}",
+        "samples": found.samples_text if rows is None else "",
         "features": f"{found.features:,}",
         "time": f"{seconds:.2f} s{rate}",
         "constant": found.listed("constant"),

@@ -59,8 +59,9 @@ def _spectrum(spectrum: Spectrum, every: bool) -> list[RenderableType]:
         "directions kept": f"{spectrum.kept:,} of {spectrum.rank:,} with variance",
         "without variance": f"{spectrum.without_variance:,}" if spectrum.without_variance else "none",
         "condition number": NOTHING if spectrum.condition is None else number(spectrum.condition),
-        "effective rank": NOTHING if spectrum.effective_rank is None else f"{spectrum.effective_rank:.1f}",
     }
+    if spectrum.effective_rank is not None:
+        lines["effective rank"] = f"{spectrum.effective_rank:.1f}"
     if spectrum.shrinkage:
         lines["shrinkage"] = number(spectrum.shrinkage)
     parts: list[RenderableType] = [fact_lines(lines)]

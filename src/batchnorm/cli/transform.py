@@ -65,10 +65,18 @@ def transform(
     """
     if resume and force:
         raise click.UsageError("--resume and --force exclude each other: go on with what is there, or replace it")
+    if ray is not None and (dtype or drop_others or batch_rows or resume or force):
+        raise click.UsageError("--ray goes with --columns and --inverse alone, and writes a new folder")
     from batchnorm.preprocessing import load, transform_file
 
     estimator = load(stats)
     began = time.perf_counter()
+    if ray is not None:
+        from batchnorm.preprocessing.distributed import transform_files_on_ray
+
+        transform_files_on_ray(estimator, list(sources), out, columns=columns, inverse=inverse, address=ray)
+        _tell({"out": out}, time.perf_counter() - began, as_json)
+        return None
     try:
         with options.warnings_told(), options.Meter(f"transform {Path(sources[0]).name}") as meter:
             done = transform_file(
@@ -86,7 +94,8 @@ def transform(
             )
     except KeyboardInterrupt:
         return _interrupted(out)
-    _tell(done, time.perf_counter() - began, as_json)
+    document = {"out": str(done.path), "files": done.files, "rows": done.rows, "resumed": done.resumed}
+    _tell(document, time.perf_counter() - began, as_json)
     return None
 
 
@@ -103,25 +112,19 @@ def _interrupted(out: str) -> int:
     return 130
 
 
-def _tell(done: Any, seconds: float, as_json: bool) -> None:
-    new = done.rows - done.resumed
+def _tell(document: dict[str, Any], seconds: float, as_json: bool) -> None:
     if as_json:
-        document = {
-            "out": str(done.path),
-            "files": done.files,
-            "rows": done.rows,
-            "resumed": done.resumed,
-            "seconds": round(seconds, 3),
-        }
-        click.echo(json.dumps(document, indent=1, allow_nan=False))
+        click.echo(json.dumps({**document, "seconds": round(seconds, 3)}, indent=1, allow_nan=False))
         return
     from batchnorm.cli.statistics import facts
 
+    rows, before, files = (document.get(name, 0) for name in ("rows", "resumed", "files"))
+    new = rows - before
     rate = f" ({new / seconds:,.0f} rows a second)" if seconds >= 0.05 and new else ""
     lines = {
-        "rows": f"{done.rows:,}" + (f", {done.resumed:,} of them before" if done.resumed else ""),
-        "files": f"{done.files:,}" if done.files > 1 else "",
+        "rows": (f"{rows:,}" + (f", {before:,} of them before" if before else "")) if rows else "",
+        "files": f"{files:,}" if files > 1 else "",
         "time": f"{seconds:.2f} s{rate}",
-        "written to": str(done.path),
+        "written to": document["out"],
     }
     facts(sys.stdout, {name: text for name, text in lines.items() if text})

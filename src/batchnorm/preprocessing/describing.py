@@ -20,6 +20,8 @@ from batchnorm.preprocessing.scaling import Extrema, MinMaxScaler
 from batchnorm.preprocessing.whitening import Whitener
 
 _SHOWN = 5
+# Up to this width the singular values of a triangular matrix take a second.
+_SMALL = 2048
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Spectrum:
 
     ``variance`` (k,) of the data along each component, falling, and ``ratio`` its share of the total; both empty for
     "cholesky". ``rank``: the number of directions with variance; the others, ``without_variance``, are dropped by the
-    rank tolerance. ``condition``: the largest variance over the smallest that was kept. ``effective_rank``: the
+    rank tolerance. ``condition``: the largest variance over the smallest that was kept, None
+    where it would take long. ``effective_rank``: the
     exponential of the entropy of the shares (Roy, Vetterli 2007): how many directions the variance is spread over.
     """
 
@@ -131,8 +134,7 @@ def _columns(estimator: Normalizer) -> tuple[dict[str, NDArray[Any]], NDArray[An
         largest = torch.maximum(stats.low.abs(), stats.high.abs()).numpy()
         constant = ~empty & (extent <= 2 * np.finfo(np.float64).eps * largest)
         return {"min": estimator.data_min_, "max": estimator.data_max_}, constant, empty
-    found = stats if isinstance(stats, Moments) else stats.moments
-    moments: Moments = found() if callable(found) else found
+    moments: Moments = stats if isinstance(stats, Moments) else stats.moments
     count = moments.count.numpy()
     empty = count == 0
     columns = {"mean": np.where(empty, np.nan, moments.mean.numpy()), "std": moments.std().numpy()}
@@ -142,15 +144,15 @@ def _columns(estimator: Normalizer) -> tuple[dict[str, NDArray[Any]], NDArray[An
 
 
 def _spectrum(estimator: Whitener) -> Spectrum:
+    condition = None
     if estimator.method == "cholesky":
-        factors = np.linalg.svd(estimator.whitening_, compute_uv=False)
-        factors = factors[factors > 0]
         variance = ratio = np.empty(0)
-        condition = float(factors[0] / factors[-1]) ** 2 if len(factors) else None
+        if estimator.n_features_in_ <= _SMALL:
+            factors = np.linalg.svd(estimator.whitening_, compute_uv=False)
+            condition = _condition(factors[factors > 1e-12 * factors[0]] ** 2)
     else:
         variance, ratio = estimator.explained_variance_, estimator.explained_variance_ratio_
-        positive = variance[variance > 0]
-        condition = float(positive[0] / positive[-1]) if len(positive) else None
+        condition = _condition(variance[variance > 0])
     return Spectrum(
         variance=tuple(map(float, variance)),
         ratio=tuple(map(float, ratio)),
@@ -161,6 +163,10 @@ def _spectrum(estimator: Whitener) -> Spectrum:
         effective_rank=_effective_rank(variance),
         shrinkage=estimator.shrinkage_,
     )
+
+
+def _condition(falling: NDArray[Any]) -> float | None:
+    return float(falling[0] / falling[-1]) if len(falling) else None
 
 
 def _effective_rank(variance: NDArray[Any]) -> float | None:

@@ -23,7 +23,7 @@ _BRIEF = 20
 
 
 @dataclass(frozen=True)
-class _Grid:
+class Grid:
     """A table as text; ``styles`` has a class for each column (numbers flush right), ``gaps`` tells of empty cells."""
 
     title: str
@@ -35,7 +35,9 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
+    """A figure with its plot, and the name that links to it."""
+
     id: str
     figure: Figure
     plot: Plot
@@ -45,8 +47,8 @@ class _Drawn:
 class _Part:
     id: str
     section: Section
-    rows: tuple[tuple[_Drawn, ...], ...]
-    tables: tuple[_Grid, ...]
+    rows: tuple[tuple[Drawn, ...], ...]
+    tables: tuple[Grid, ...]
 
 
 def build(summary: Summary, out: Path) -> Path:
@@ -96,28 +98,39 @@ def render(summary: Summary) -> str:
     Raises:
         MissingDependencyError: plotly or jinja2 is not installed.
     """
-    environment = _environment()
     parts = _parts(summary.sections)
     top = headline(summary)
+    return fill(
+        "page.html.j2",
+        [drawn for part in parts for row in part.rows for drawn in row],
+        summary=summary,
+        headline=top,
+        headline_id=next((part.id for part in parts if top and part.section is top.section), None),
+        overview=grid(summary.overview),
+        parts=parts,
+        environment=[(key, plain(value)) for key, value in summary.environment.items()],
+        config=list(_flat(summary.config)),
+        duration=duration(summary.seconds),
+        plain=plain,
+    )
+
+
+def fill(template: str, figures: Sequence[Drawn], **values: Any) -> str:
+    """A page of ``template`` with ``values``, the plots of ``figures``, and what every page has inside.
+
+    Raises:
+        MissingDependencyError: plotly or jinja2 is not installed.
+    """
+    environment = _environment()
     return str(
-        environment.get_template("page.html.j2").render(
-            summary=summary,
-            headline=top,
-            headline_id=next((part.id for part in parts if top and part.section is top.section), None),
-            overview=_grid(summary.overview),
-            parts=parts,
+        environment.get_template(template).render(
+            **values,
             plots={
                 f"{drawn.id}-{index}": {"data": panel.data, "layout": panel.layout, "flipped": drawn.plot.flipped}
-                for part in parts
-                for row in part.rows
-                for drawn in row
+                for drawn in figures
                 for index, panel in enumerate(drawn.plot.panels)
             },
             themes=[(dark, palette.variables(dark)) for dark in (False, True)],
-            environment=[(key, plain(value)) for key, value in summary.environment.items()],
-            config=list(_flat(summary.config)),
-            duration=duration(summary.seconds),
-            plain=plain,
             style=_raw(environment, "page.css"),
             script=_raw(environment, "page.js"),
             plotly=_plotly(),
@@ -166,18 +179,19 @@ def _parts(sections: Sequence[Section]) -> list[_Part]:
     parts = []
     for section in sections:
         rows = tuple(
-            tuple(_Drawn(_anchor(f"fig-{item.id}", taken), item, plot(item, group)) for item in group)
+            tuple(Drawn(_anchor(f"fig-{item.id}", taken), item, plot(item, group)) for item in group)
             for group in peers(section.figures)
         )
-        tables = tuple(_grid(item) for item in section.tables)
+        tables = tuple(grid(item) for item in section.tables)
         parts.append(_Part(_anchor(section.name, taken), section, rows, tables))
     return parts
 
 
-def _grid(table: Table) -> _Grid:
+def grid(table: Table) -> Grid:
+    """A table of the document as the page shows it."""
     columns = list(zip(*table.rows, strict=True)) if table.rows else [() for _ in table.columns]
     texts = [column(cells) for cells in columns]
-    return _Grid(
+    return Grid(
         title=table.title,
         columns=table.columns,
         rows=tuple(zip(*texts, strict=True)),

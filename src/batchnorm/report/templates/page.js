@@ -100,7 +100,7 @@
   system.addEventListener("change", () => { label(); redraw(); });
 
   const copy = document.getElementById("copy");
-  if (navigator.clipboard) {
+  if (copy && navigator.clipboard) {
     copy.hidden = false;
     copy.addEventListener("click", async () => {
       try {
