@@ -11,6 +11,7 @@ import batchnorm
 from cli.commandline import Outcome, shell
 
 Call = Callable[..., Outcome]
+COMMANDS = ["fit", "transform", "merge", "inspect", "study", "report", "selftest", "completion"]
 
 
 def test_the_version(call: Call) -> None:
@@ -18,21 +19,29 @@ def test_the_version(call: Call) -> None:
     assert shell("--version").out == f"batchnorm {batchnorm.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["study", "--help"], ["completion", "zsh"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        ["completion", "zsh"],
+        *([command, "--help"] for command in ("study", "fit", "transform", "merge", "inspect")),
+    ],
+)
 def test_what_needs_nothing_heavy_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import sys\n"
         "from batchnorm.cli import main\n"
         "try:\n    main(sys.argv[1:])\n"
         "finally:\n"
-        "    heavy = {'torch', 'numpy', 'plotly', 'jinja2', 'sklearn', 'rich'} & set(sys.modules)\n"
+        "    heavy = {'torch', 'numpy', 'plotly', 'jinja2', 'sklearn', 'rich', 'pyarrow', 'ray'} & set(sys.modules)\n"
         "    print('HEAVY', sorted(heavy), file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stderr == "HEAVY []\n"
 
 
-@pytest.mark.parametrize("command", ["study", "report", "selftest", "completion"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help_with_examples(call: Call, command: str) -> None:
     outcome = call(command, "--help")
     assert outcome.code == 0
@@ -44,7 +53,7 @@ def test_each_command_has_help_with_examples(call: Call, command: str) -> None:
 def test_without_a_command_there_is_help(call: Call) -> None:
     outcome = call()
     assert outcome.code == 0
-    assert all(name in outcome.out for name in ("study", "report", "selftest", "completion"))
+    assert all(name in outcome.out for name in COMMANDS)
 
 
 @pytest.mark.parametrize(

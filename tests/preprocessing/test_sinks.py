@@ -203,7 +203,7 @@ def test_a_folder_becomes_a_folder_of_the_same_names(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[NAMES], SCALER.transform(X), atol=1e-12)
     done = transform_file(scaler, str(tmp_path / "in" / "*.csv"), tmp_path / "pattern", columns=NAMES)
     assert (done.files, done.rows) == (1, 200)
-    with pytest.raises(InputError, match="is more than one file, whose results are files of a folder: .*all.csv is"):
+    with pytest.raises(InputError, match=r"is more than one file, whose results are files of a folder: .*all.csv is"):
         transform_file(scaler, tmp_path / "in", tmp_path / "all.csv")
 
 
@@ -217,7 +217,7 @@ def test_statistics_of_other_features_are_refused(tmp_path: Path) -> None:
     for kind in ("parquet", "csv"):
         with pytest.raises(InputError, match="no column 'q', a feature of the statistics"):
             transform_file(scaler, source(tmp_path, kind), tmp_path / "out.parquet")
-    with pytest.raises(InputError, match="the statistics are of other features: expected 'q', columns names 'c'"):
+    with pytest.raises(InputError, match=r"the statistics are of other features: expected 'q', columns names 'c'"):
         transform_file(scaler, path, tmp_path / "out.parquet", columns=NAMES)
     with pytest.raises(ShapeError, match="statistics are of 3 features without names, and here are 4 columns they may"):
         transform_file(SCALER, path, tmp_path / "out.parquet")
@@ -260,11 +260,11 @@ def test_places_that_make_no_sense(tmp_path: Path) -> None:
     np.save(tmp_path / "more.npy", X)
     with pytest.raises(InputError, match=r"the data .*data\.npy lie in "):
         transform_file(SCALER, [path, tmp_path / "more.npy"], tmp_path)
-    with pytest.raises(InputError, match="two files that would both become 'data.npy'"):
+    with pytest.raises(InputError, match=r"two files that would both become 'data\.npy'"):
         transform_file(SCALER, [path, path], tmp_path / "out")
     with pytest.raises(InputError, match=r"cannot tell by its suffix how to write 'out\.xlsx'; known are \.npy"):
         transform_file(SCALER, path, tmp_path / "out.xlsx")
-    with pytest.raises(OutputError, match="there is no folder .*nowhere, create it first"):
+    with pytest.raises(OutputError, match=r"there is no folder .*nowhere, create it first"):
         transform_file(SCALER, path, tmp_path / "nowhere" / "out.npy")
     with pytest.raises(InputError, match="no such file or folder"):
         transform_file(SCALER, tmp_path / "missing.npy", tmp_path / "out.npy")
@@ -380,7 +380,7 @@ def test_what_a_kill_leaves_is_gone_on_with(
         run(out, progress=progress)
     shutil.rmtree(work)
     snapshot.rename(work)
-    with pytest.raises(OutputError, match="holds an interrupted transform, [0-9,]+ rows of it: go on with it"):
+    with pytest.raises(OutputError, match=r"holds an interrupted transform, [0-9,]+ rows of it: go on with it"):
         run(out)
     assert not out.exists()
     done = run(out, resume=True)
@@ -444,7 +444,7 @@ def test_a_transform_only_goes_on_as_the_same(tmp_path: Path) -> None:
             transform_file(SCALER, path, out, batch_rows=100, progress=interrupt_after(200), overwrite=True)
 
     interrupted()
-    with pytest.raises(InputError, match="cannot go on with .*: the statistics are others"):
+    with pytest.raises(InputError, match=r"cannot go on with .*: the statistics are others"):
         transform_file(StandardScaler().fit(X + 1), path, out, batch_rows=100, resume=True)
     with pytest.raises(InputError, match="the options are others"):
         transform_file(SCALER, path, out, batch_rows=100, resume=True, dtype="float32")

@@ -15,6 +15,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from batchnorm.moments import Moments
 from batchnorm.preprocessing.base import Normalizer, is_constant
+from batchnorm.preprocessing.domains import Domains
 from batchnorm.preprocessing.findings import Finding, find
 from batchnorm.preprocessing.scaling import Extrema, MinMaxScaler
 from batchnorm.preprocessing.whitening import Whitener
@@ -134,6 +135,8 @@ def _columns(estimator: Normalizer) -> tuple[dict[str, NDArray[Any]], NDArray[An
         largest = torch.maximum(stats.low.abs(), stats.high.abs()).numpy()
         constant = ~empty & (extent <= 2 * np.finfo(np.float64).eps * largest)
         return {"min": estimator.data_min_, "max": estimator.data_max_}, constant, empty
+    if isinstance(stats, Domains):
+        return _domains(stats)
     moments: Moments = stats if isinstance(stats, Moments) else stats.moments
     count = moments.count.numpy()
     empty = count == 0
@@ -141,6 +144,19 @@ def _columns(estimator: Normalizer) -> tuple[dict[str, NDArray[Any]], NDArray[An
     if (count != count[0]).any():
         columns |= {"count": count, "missing": 1 - count / count.max()}
     return columns, ~empty & is_constant(moments).numpy(), empty
+
+
+def _domains(stats: Domains) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]:
+    """Of CORAL: the source's under the plain names, the target's beside them."""
+    columns = {}
+    known = {"": stats.source, "target ": stats.target}
+    for prefix, domain in known.items():
+        if domain is not None:
+            moments = domain.moments()
+            columns |= {f"{prefix}mean": moments.mean.numpy(), f"{prefix}std": moments.std().numpy()}
+    seen = stats.source or stats.target
+    assert seen is not None, "a fitted CORAL has seen one of its domains"
+    return columns, is_constant(seen.moments()).numpy(), np.zeros(stats.num_features, dtype=bool)
 
 
 def _spectrum(estimator: Whitener) -> Spectrum:
