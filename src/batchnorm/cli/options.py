@@ -84,7 +84,7 @@ class Meter:
         self.rows = 0
         self.bytes_read = bytes_read
         self._bar: Any = None
-        self._began = 0
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> Meter:
         if sys.stderr.isatty():
@@ -114,8 +114,10 @@ class Meter:
         self.rows = rows
         if self._bar is None:
             return
-        seconds = self._bar.tasks[0].elapsed or 0.0
-        rate = f", {rows / seconds:,.0f}/s" if seconds > 0.5 else ""
+        now = self._bar.tasks[0].elapsed or 0.0
+        # Rows of an earlier run that is gone on with took no time now.
+        before, began = self._first = self._first or (rows, now)
+        rate = f", {(rows - before) / (now - began):,.0f}/s" if now - began > 0.5 else ""
         of = "" if total is None else f" of {total:,}"
         done, whole = (rows, total) if total is not None else ((self.bytes_read and self.bytes_read()) or (0, None))
         self._bar.update(self._task, completed=done, total=whole, rows=f"{rows:,}{of} rows{rate}")
