@@ -68,7 +68,7 @@ class Description:
 
     @property
     def title(self) -> str:
-        """The estimator as it would be written, with what is not its default."""
+        """The estimator as it would be written, with its method and what is not its default."""
         inside = ", ".join(f"{name}={value!r}" for name, value in self.parameters.items())
         return f"{self.estimator}({inside})"
 
@@ -111,7 +111,9 @@ def describe(estimator: Normalizer) -> Description:
     parameters = estimator.get_params(deep=False)
     made = Description(
         estimator=type(estimator).__name__,
-        parameters={name: _plain(value) for name, value in parameters.items() if value != defaults[name]},
+        parameters={
+            name: _plain(value) for name, value in parameters.items() if name == "method" or value != defaults[name]
+        },
         features=estimator.n_features_in_,
         names=None if names is None else tuple(str(name) for name in names),
         samples=None if isinstance(seen, np.ndarray) or seen is None else float(seen),
@@ -148,7 +150,7 @@ def _columns(estimator: Normalizer) -> tuple[dict[str, NDArray[Any]], NDArray[An
 
 def _domains(stats: Domains) -> tuple[dict[str, NDArray[Any]], NDArray[Any], NDArray[Any]]:
     """Of CORAL: the source's under the plain names, the target's beside them."""
-    columns = {}
+    columns: dict[str, NDArray[Any]] = {}
     known = {"": stats.source, "target ": stats.target}
     for prefix, domain in known.items():
         if domain is not None:
