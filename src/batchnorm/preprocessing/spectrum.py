@@ -44,7 +44,7 @@ def fix_signs(vectors: Tensor) -> Tensor:
 def leading_signs(rows: Tensor) -> Tensor:
     """1 or -1 for each row: the sign of the first of its entries of largest magnitude, (r,)."""
     signs = torch.ones(rows.shape[0], dtype=rows.dtype, device=rows.device)
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    step = max(1, _BLOCK_ELEMENTS // (4 * max(1, rows.shape[1])))
     for start in range(0, rows.shape[0], step):
         block = rows[start : start + step]
         magnitude = block.abs()
