@@ -43,11 +43,13 @@ struct Runs {
       at += count;
     }
   }
-  // The memory of [first, last), where hardly anything else lies between.
+  // The memory of [first, last), where hardly anything else lies between and a second-level cache can hold it besides.
   Ahead ahead(int64_t first, int64_t last) const {
+    constexpr int64_t kMost = 1 << 20;
     if (first >= last || runs > 1 || !across() || sample_stride > 2 * channels) return {};
-    const auto bytes = static_cast<int64_t>(x.element_size());
-    return {static_cast<const char*>(x.const_data_ptr()) + first * sample_stride * bytes, (last - first) * sample_stride * bytes};
+    const int64_t row = sample_stride * static_cast<int64_t>(x.element_size());
+    if ((last - first) * row > kMost) return {};
+    return {static_cast<const char*>(x.const_data_ptr()) + first * row, (last - first) * row};
   }
 
  private:
