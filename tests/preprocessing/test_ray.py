@@ -177,7 +177,7 @@ class TestFit:
         found = StandardScaler().fit(ray.from_arrow(blocks))
         np.testing.assert_allclose(found.mean_, [3.25, 0.5, 2.5], rtol=1e-15)
         assert found.n_samples_seen_.tolist() == [4, 4, 1]
-        with pytest.warns(RuntimeWarning, match="saw only NaN in feature 2"):
+        with pytest.warns(RuntimeWarning, match="saw only NaN in feature 'n'"):
             StandardScaler().fit(ray.from_arrow(blocks[:1]))
 
     def test_partial_fit_goes_on(self, ray: Any) -> None:
