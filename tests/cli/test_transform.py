@@ -190,6 +190,7 @@ def test_ray_gets_what_was_asked_for(call: Call, monkeypatch: pytest.MonkeyPatch
     fake = types.ModuleType("distributed")
     fake.fit_files_on_ray, fake.transform_files_on_ray = fit, transform  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "batchnorm.preprocessing.distributed", fake)
+    monkeypatch.setattr("batchnorm.cli.options.quiet_ray", lambda: None)
     arguments = ["transform", "parts", "--stats", "s.safetensors", "--out", "there", "--inverse", "--ray", "auto"]
     assert call(*arguments, "--columns", "a,b,c").code == 0
     np.testing.assert_allclose(asked.pop("mean"), X.mean(0))

@@ -204,6 +204,7 @@ def _fit_on_ray(
 
     from batchnorm.preprocessing.distributed import fit_files_on_ray
 
+    options.quiet_ray()
     # A fit forgets: what was known before is merged with what the cluster learns.
     fresh = clone(estimator)
     fit_files_on_ray(fresh, list(sources), columns=columns, weights=weights, address=address)

@@ -73,6 +73,18 @@ def warnings_told() -> Iterator[None]:
         click.echo(f"batchnorm: warning: {text}", err=True)
 
 
+def quiet_ray() -> None:
+    """Keep Ray's own log out of ours; on a terminal its progress stays."""
+    import logging
+
+    from batchnorm.preprocessing.distributed.ray_data import need_ray
+
+    data = need_ray()
+    data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 class Meter:
     """Counts rows, and shows them on a terminal: a bar, their rate and the time left. In a log it says nothing.
 

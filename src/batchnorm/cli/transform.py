@@ -74,6 +74,7 @@ def transform(
     if ray is not None:
         from batchnorm.preprocessing.distributed import transform_files_on_ray
 
+        options.quiet_ray()
         transform_files_on_ray(estimator, list(sources), out, columns=columns, inverse=inverse, address=ray)
         _tell({"out": out}, time.perf_counter() - began, as_json)
         return None

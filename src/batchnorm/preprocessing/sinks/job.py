@@ -88,9 +88,15 @@ class Job:
         """Move the result to its place, at once."""
         target, done = self.plan.target, self.work / "done"
         if self.plan.folder:
+            replaced = self.work / "replaced"
             if target.is_dir():
-                target.rename(self.work / "replaced")
-            done.rename(target)
+                target.rename(replaced)
+            try:
+                done.rename(target)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(target)
+                raise
         else:
             os.replace(done / target.name, target)
         shutil.rmtree(self.work)
