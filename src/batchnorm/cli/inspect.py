@@ -38,9 +38,9 @@ def inspect(file: Path, every: bool, html: Path | None, force: bool, as_json: bo
 
     about = describe(load(file))
     if html is not None:
-        from batchnorm.report import statistics
+        import batchnorm.report.statistics as pages
 
-        statistics.build(about, html, str(file))
+        pages.build(about, html, str(file))
     if as_json:
         click.echo(json.dumps({"file": str(file), **about.to_dict()}, indent=1, allow_nan=False))
         return

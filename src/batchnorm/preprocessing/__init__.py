@@ -5,7 +5,8 @@ float64 whatever the split of the data (``fit``, any sequence of ``partial_fit``
 elsewhere). Sparse matrices are taken where zeros stay zeros. With
 ``channel_axis=1`` data are (N, C, *) and statistics per channel. ``to_module()`` makes an ``nn.Module`` of a fitted
 estimator, ``fold_into(layer)`` a part of the layer behind it, ``save(path)`` and :func:`load` keep it, without pickle;
-:func:`save_model` and :func:`load_model` keep it together with the network behind it.
+:func:`save_model` and :func:`load_model` keep it together with the network behind it. :func:`transform_file` transforms
+files of any size into such files, :func:`describe` says what was learned and what is suspicious in it.
 """
 
 from __future__ import annotations
