@@ -359,3 +359,38 @@ def test_more_components_than_samples_and_the_estimator_after_a_failure() -> Non
     np.testing.assert_array_equal(fitted.transform(x), before)
     nothing = Whitener("zca").partial_fit(np.full_like(x, np.nan)).partial_fit(x)
     same(nothing, Whitener("zca").fit(x), x)
+
+
+@pytest.mark.parametrize("method", ["pca", "zca-cor"])
+@pytest.mark.parametrize("solver", ["auto", "eigh"])
+def test_a_stream_is_added_up_in_place_and_known_statistics_stay_as_they_are(method: str, solver: str) -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(1e4, 1.0, (400, 12)) @ rng.normal(size=(12, 12))
+    x[::17, 3] = np.nan
+    weights = rng.uniform(0, 2, 400)
+    sizes = np.cumsum([1, 2, 20, 90, 3, 1, 1, 100, 12])  # some large enough to be added, some that wait
+    whole = Whitener(method, solver=solver).fit(x, sample_weight=weights)
+    stream = Whitener(method, solver=solver).fit(iter(np.split(x, sizes)), sample_weight=weights)
+    np.testing.assert_allclose(stream.whitening_, whole.whitening_, rtol=1e-7, atol=1e-9)
+
+    first = Whitener(method, solver=solver).fit(x[:100])
+    before = {name: tensor.clone() for name, tensor in first._stats.to_dict().items()}
+    stats = first._stats
+    first.partial_fit(iter(np.split(x[100:], [5, 150])))
+    for name, tensor in stats.to_dict().items():
+        assert torch.equal(tensor, before[name])
+    np.testing.assert_allclose(
+        first.whitening_, Whitener(method, solver=solver).fit(x).whitening_, rtol=1e-7, atol=1e-9
+    )
+
+
+def test_infinities_in_a_stream_are_found_whether_their_part_is_added_or_waits() -> None:
+    x = np.random.default_rng(6).normal(size=(300, 8))
+    whitener = Whitener().fit(x)
+    stats = whitener._stats
+    for row, cuts in ((250, [100, 200]), (201, [100, 200, 202])):
+        bad = x.copy()
+        bad[row, 2] = np.inf
+        with pytest.raises(InputError, match=f"row {row}, column 2"):
+            whitener.fit(iter(np.split(bad, cuts)))
+        assert whitener._stats is stats

@@ -168,6 +168,10 @@ class Normalizer(Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerM
         learned = self._statistics(batch, weights)
         return learned if stats is None else stats.merge(learned)
 
+    def _accumulate_part(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
+        """The same for a part of a stream, which nobody sees before the end: it may be done in place."""
+        return self._accumulate(stats, batch, weights)
+
     def _publish(self) -> None:
         """Set the learned attributes from ``_stats``."""
         raise NotImplementedError
@@ -237,7 +241,7 @@ class Normalizer(Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerM
                 batch = self._read_part(source, part, reset=stats is None)
                 own = part.weights if weights is None else weights[row : row + rows]
                 w = read_weights(own, batch, zeros=True)
-                stats = self._accumulate(stats, batch, w)
+                stats = self._accumulate_part(stats, batch, w)
             row += rows
             weighed |= w is None or bool((w > 0).any())
         if row == 0:

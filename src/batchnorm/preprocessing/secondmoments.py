@@ -7,7 +7,7 @@ rows costs little, and no matrix is made before the data fill it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from batchnorm._errors import InputError
-from batchnorm.moments import Moments, Scatter
+from batchnorm.moments import Moments, Scatter, ScatterSum
 from batchnorm.moments.blocks import prepare
 from batchnorm.preprocessing.memory import refuse_beyond_memory
 from batchnorm.preprocessing.shrinkage import FourthMoments
@@ -153,12 +153,8 @@ class SecondMoments:
             return self.products
         refuse_products(self.num_features, self.fourth)
         total: Any = self.products
-        alike: dict[Any, list[Rows]] = {}
-        for rows in self.rows:
-            alike.setdefault((rows.values.device, rows.values.dtype), []).append(rows)
-        for group in alike.values():
-            values, weights = torch.cat([r.values for r in group]), torch.cat([r.weights for r in group])
-            added: Any = _products(values, 1, weights, self.fourth)
+        for rows in _joined(self.rows):
+            added: Any = _products(rows.values, 1, rows.weights, self.fourth)
             total = added if total is None else total.merge(added)
         return total
 
@@ -193,6 +189,59 @@ class SecondMoments:
     def __getstate__(self) -> dict[str, Any]:
         # A pickle is to be read where there is no accelerator, too.
         return {**self.__dict__, "rows": tuple(rows.to("cpu") for rows in self.rows)}
+
+
+class Growth:
+    """SecondMoments in the making: the parts of a stream are added to one matrix in place.
+
+    ``stats`` has products, and no fourth moments; with ``owned`` its matrix is taken over, and it is used up.
+    """
+
+    def __init__(self, stats: SecondMoments, *, owned: bool) -> None:
+        self.keep = stats.keep
+        self.sum = ScatterSum.resume(cast("Scatter", stats.products), copy=not owned)
+        self.waiting = list(stats.rows)
+
+    @staticmethod
+    def possible(stats: Any) -> bool:
+        """Whether ``stats`` can grow."""
+        return isinstance(stats, SecondMoments) and isinstance(stats.products, Scatter) and stats.fourth is None
+
+    @property
+    def moments(self) -> Moments:
+        """Each feature's own moments, but for samples that wait."""
+        return self.sum.moments()
+
+    def add(self, x: Tensor, channel_axis: int, weights: Tensor | None) -> bool:
+        """Add the channel vectors of ``x``; False where they only wait for more of their kind."""
+        worth = min(self.sum.num_features, _WORTH_ADDING)
+        if 4 * x.numel() < worth * x.shape[channel_axis]:
+            self.waiting.append(Rows.of(x, channel_axis, weights))
+            if sum(rows.values.shape[0] for rows in self.waiting) >= worth:
+                self._add_waiting()
+            return False
+        self.sum.add(x, channel_axis=channel_axis, weights=weights, skip_nan=True)
+        return True
+
+    def _add_waiting(self) -> None:
+        for rows in _joined(self.waiting):
+            self.sum.add(rows.values, weights=rows.weights)
+        self.waiting = []
+
+    def result(self) -> SecondMoments:
+        """What was learned; this object is used up."""
+        self._add_waiting()
+        products = self.sum.result(copy=False)
+        return SecondMoments(products.moments(), products, (), None, self.keep)
+
+
+def _joined(parts: Sequence[Rows]) -> Iterator[Rows]:
+    """The same samples in as few pieces as their dtypes and devices allow."""
+    alike: dict[Any, list[Rows]] = {}
+    for rows in parts:
+        alike.setdefault((rows.values.device, rows.values.dtype), []).append(rows)
+    for group in alike.values():
+        yield Rows(torch.cat([r.values for r in group]), torch.cat([r.weights for r in group]))
 
 
 def _products(x: Tensor, channel_axis: int, weights: Tensor | None, fourth: str | None) -> Scatter | FourthMoments:

@@ -20,7 +20,7 @@ from batchnorm.preprocessing.folding import LinearMap
 from batchnorm.preprocessing.inputs import Batch, give_back, refuse_infinite
 from batchnorm.preprocessing.modules import WhiteningModule
 from batchnorm.preprocessing.randomized import Sketch, Visit, visit_rows
-from batchnorm.preprocessing.secondmoments import SecondMoments
+from batchnorm.preprocessing.secondmoments import Growth, SecondMoments
 from batchnorm.preprocessing.sources import Source
 
 
@@ -171,9 +171,22 @@ class Whitener(Normalizer):
             self._check_learned(stats, learned)
         return stats.merge(learned)
 
+    def _accumulate_part(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
+        if isinstance(stats, Growth):
+            if stats.add(batch.values, batch.axis, weights):
+                self._refuse_unusable(batch, stats.moments.mean, stats.moments.m2)
+            else:
+                refuse_infinite(self, batch)
+            return stats
+        learned = self._accumulate(stats, batch, weights)
+        if not Growth.possible(learned):
+            return learned
+        return Growth(learned, owned=stats is None or stats.products is not learned.products)
+
     def _learn_parts(self, source: Source, sample_weight: Any, stats: Any) -> Any:
         if self.solver != "randomized":
-            return super()._learn_parts(source, sample_weight, stats)
+            learned = super()._learn_parts(source, sample_weight, stats)
+            return learned.result() if isinstance(learned, Growth) else learned
         if not source.again:
             raise InputError(f"solver='randomized' reads data several times, and {source.label} can be read only once")
 
