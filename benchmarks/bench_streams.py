@@ -3,17 +3,20 @@
 The first table has one stream of batches in memory and everything that can learn from it bit by bit, in one interleaved
 run. The second has a 10 GB ``.npy`` and a 5 GB Parquet dataset, made in the system's temporary folder (TMPDIR) and
 removed: each fitted in a process of its own, from a cold cache, beside a process that only reads or decodes the same
-bytes. "MB resident" is the process's peak beyond what it had when its imports were done.
+bytes. "MB resident" is the process's peak beyond what it had when its imports were done, for Ray that of its worst
+worker.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +63,9 @@ def make_parquet(folder: Path, total_bytes: int, blocks_per_file: int = 8) -> No
         if i % blocks_per_file == 0:
             if writer is not None:
                 writer.close()
-            writer = pq.ParquetWriter(folder / f"part-{i // blocks_per_file:03d}.parquet", table.schema)
+            writer = pq.ParquetWriter(
+                folder / f"part-{i // blocks_per_file:03d}.parquet", table.schema, use_dictionary=False
+            )
         assert writer is not None
         writer.write_table(table, row_group_size=ROWS)
     if writer is not None:
@@ -121,17 +126,66 @@ def whiten(path: str) -> None:
     Whitener().fit(path)
 
 
+def fit_on_ray(path: str) -> None:
+    from batchnorm.preprocessing import StandardScaler, fit_files_on_ray
+
+    fit_files_on_ray(StandardScaler(), path)
+
+
+RAY = "StandardScaler, two Ray workers"
 TASKS: dict[str, Callable[[str], None]] = {
     "read": read_npy,
     "decode": decode_parquet,
     "memory map, StandardScaler": map_npy,
     "StandardScaler": fit,
     "Whitener": whiten,
+    RAY: fit_on_ray,
 }
+
+
+class Workers(threading.Thread):
+    """Watches the workers of the Ray cluster: the most memory of its own that one of them has had, in MB."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0.0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            self.look()
+
+    def look(self) -> float:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (process / "cmdline").read_bytes().startswith(b"ray::"):
+                    self.peak = max(self.peak, resident("RssAnon", process.name))
+        return self.peak
+
+
+def child_on_ray(path: str) -> dict[str, float]:
+    """The same for Ray: what its worst worker took beyond what it had after a first, small fit."""
+    import ray
+
+    from batchnorm.preprocessing import StandardScaler
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=2 * GB, log_to_driver=False)
+    StandardScaler().fit(ray.data.from_numpy([np.ones((8, 2)), np.zeros((8, 2))]))
+    before, watched = Workers().look(), Workers()
+    watched.start()
+    began = time.perf_counter()
+    TASKS[RAY](path)
+    seconds = time.perf_counter() - began
+    watched.over.set()
+    ray.shutdown()
+    return {"seconds": seconds, "resident": watched.peak - before}
 
 
 def child(task: str, path: str) -> None:
     """Runs one task; prints its seconds and how much memory it took beyond the imports."""
+    if task == RAY:
+        print(json.dumps(child_on_ray(path)))
+        return
     import pyarrow.dataset
     import pyarrow.parquet  # noqa: F401
 
@@ -160,8 +214,8 @@ def large_files(folder: Path) -> list[dict[str, object]]:
     npy, parquet = folder / "data.npy", folder / "data.parquet"
     rows: list[dict[str, object]] = []
     for path, size, make, floor, tasks in (
-        (npy, 10 * GB // scale, make_npy, "read", ("StandardScaler", "memory map, StandardScaler", "Whitener")),
-        (parquet, 5 * GB // scale, make_parquet, "decode", ("StandardScaler", "Whitener")),
+        (npy, 10 * GB // scale, make_npy, "read", ("StandardScaler", "memory map, StandardScaler", RAY, "Whitener")),
+        (parquet, 5 * GB // scale, make_parquet, "decode", ("StandardScaler", RAY, "Whitener")),
     ):
         make(path, size)
         size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.iterdir()))
@@ -227,6 +281,16 @@ def streaming_peers() -> list[dict[str, object]]:
             "Kornia ZCAWhitening": lambda: ZCAWhitening().fit(whole),
         },
     }
+    import ray
+    from ray.data.preprocessors import StandardScaler as RayPeer
+
+    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=GB, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.from_pandas(frames).materialize()
+    tasks["mean and variance, Ray Dataset"] = {
+        "ours": lambda: StandardScaler().fit(dataset),
+        "Ray Data StandardScaler": lambda: RayPeer(list(frames[0].columns)).fit(dataset),
+    }
     rows: list[dict[str, object]] = []
     for task, calls in tasks.items():
         ms = {name: 1e3 * timing.median for name, timing in interleave(calls, rounds=7).items()}
@@ -235,6 +299,7 @@ def streaming_peers() -> list[dict[str, object]]:
             for name, time_ in ms.items()
             if name != "ours"
         )
+    ray.shutdown()
     return rows
 
 

@@ -59,7 +59,8 @@ def test_the_memory_of_a_fit_does_not_grow_with_the_file(tmp_path: Path, name: s
     done = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
     seen, grown = done.stdout.split()
     assert int(seen) == rows
-    assert float(grown) < 150
+    # A decoder holds several times what it gives.
+    assert float(grown) < (200 if name == "x.parquet" else 150)
 
 
 def test_buffers_are_used_again_once_nobody_holds_them() -> None:

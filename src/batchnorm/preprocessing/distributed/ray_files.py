@@ -12,12 +12,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from batchnorm._errors import BatchnormError, InputError, OutputError
 from batchnorm.preprocessing.distributed.ray_data import RayDataset, need_ray, ray_dataset
 from batchnorm.preprocessing.distributed.ray_transform import transform
 
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 _FORMATS = ("parquet", "csv", "npy")
+_RANGE_BYTES = 64 * 2**20
 
 
 def fit_files_on_ray(
@@ -108,7 +111,10 @@ def cluster(address: str | None) -> Iterator[None]:
 def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | None) -> RayDataset:
     data = need_ray()
     paths = _paths(source)
-    read = {"npy": data.read_numpy, "csv": data.read_csv, "parquet": data.read_parquet}[_format(paths[0])]
+    kind = _format(paths[0])
+    if kind == "npy" and not any("://" in path for path in paths):
+        return ray_dataset(_ranges(data, paths), columns, weights)
+    read = {"npy": data.read_numpy, "csv": data.read_csv, "parquet": data.read_parquet}[kind]
     context = data.DataContext.get_current()
     newer = getattr(context, "use_datasource_v2", False)
     # Ray 2.60's newer reader looks paths up in threads, which fail now and then where aiohttp is not installed: they
@@ -123,6 +129,29 @@ def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | Non
     # Or our errors would be the last lines of Ray's.
     dataset.context.raise_original_map_exception = True
     return ray_dataset(dataset, columns, weights)
+
+
+def _ranges(data: Any, paths: Sequence[str]) -> Any:
+    """A dataset of .npy files, cut into ranges of rows: Ray's own reader makes one block of a file of any size."""
+    ranges: list[dict[str, Any]] = []
+    for path in paths:
+        for file in sorted(map(str, Path(path).rglob("*.npy"))) if os.path.isdir(path) else [path]:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            if array.ndim < 2:
+                raise InputError(f"{file}: expected an array (samples, features), got shape {array.shape}")
+            step = max(1, _RANGE_BYTES * len(array) // max(1, array.nbytes))
+            file = os.path.abspath(file)
+            ranges += [{"file": file, "start": start, "stop": start + step} for start in range(0, len(array), step)]
+    if not ranges:
+        raise InputError(f"Found no samples in {', '.join(paths)}: 0 sample(s) while a minimum of 1 is required.")
+    dataset = data.from_items(ranges, override_num_blocks=len(ranges))
+    return dataset.map_batches(_range, batch_size=1)
+
+
+def _range(batch: dict[str, Any]) -> dict[str, Any]:
+    """The rows of one range."""
+    file, start, stop = (batch[name][0] for name in ("file", "start", "stop"))
+    return {"data": np.array(np.load(str(file), mmap_mode="r")[int(start) : int(stop)])}
 
 
 @contextmanager

@@ -73,8 +73,7 @@ class Features:
         if self.lists:
             type_ = schema.field(self.chosen[0]).type
             columns = getattr(getattr(type_, "storage_type", type_), "list_size", 1024)
-        # Parts half as large as others': a decoder holds several times what it gives.
-        self.batch_rows = rows_of((0, columns), 2 * self.dtype.itemsize, choice.batch_rows)
+        self.batch_rows = rows_of((0, columns), self.dtype.itemsize, choice.batch_rows)
 
     def _checked(self, schema: Any, name: str) -> np.dtype[Any]:
         type_ = schema.field(name).type
