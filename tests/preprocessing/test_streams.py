@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pytest
 import torch
 
@@ -140,3 +142,20 @@ def test_progress_counts_rows() -> None:
     told: list[tuple[int, int | None]] = []
     StandardScaler().fit(open_source(parts(), progress=lambda done, all_: told.append((done, all_))))
     assert told[-1] == (101, None)
+
+
+@pytest.mark.parametrize("estimator", [StandardScaler(), Whitener("pca", n_components=2)], ids=str)
+def test_set_output_of_a_stream_is_a_stream_of_frames(estimator: Any) -> None:
+    frames = [pd.DataFrame(part, columns=list("abcd"), index=range(7, 7 + len(part))) for part in parts()]
+    estimator.fit(iter(frames))
+    plain = np.concatenate([np.asarray(out) for out in estimator.transform(iter(frames))])
+    estimator.set_output(transform="pandas")
+    out = list(estimator.transform(iter(frames)))
+    assert [list(each.columns) for each in out] == [list(estimator.get_feature_names_out())] * len(out)
+    assert list(out[0].index) == list(frames[0].index)
+    np.testing.assert_array_equal(pd.concat(out).to_numpy(), plain)
+    assert isinstance(estimator.transform(frames[0]), pd.DataFrame)
+    estimator.set_output(transform="polars")
+    np.testing.assert_array_equal(pl.concat(list(estimator.transform(iter(frames)))).to_numpy(), plain)
+    estimator.set_output(transform="default")
+    assert all(isinstance(each, np.ndarray) for each in estimator.transform(iter(frames)))

@@ -23,6 +23,7 @@ from batchnorm.preprocessing.distributed.ray_data import is_spread
 from batchnorm.preprocessing.distributed.ray_transform import transform_dataset
 from batchnorm.preprocessing.front import FrontOfNetwork
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
+from batchnorm.preprocessing.output import StreamedOutput, framed
 from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source
 
 Array = NDArray[Any]
@@ -38,7 +39,7 @@ class Statistics(Protocol):
 
 
 # ruff: noqa: ARG002 -- scikit-learn's signature: fit takes a y that transformers ignore
-class Normalizer(Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """Base of the estimators. All that is learned is one immutable statistics object, replaced as a whole.
 
     A subclass says what it learns (``_statistics``), which attributes show it (``_publish``), and how it transforms.
@@ -281,7 +282,7 @@ class Normalizer(Distributed, FrontOfNetwork, OneToOneFeatureMixin, TransformerM
             with located(part):
                 batch = self._read_part(source, part, reset=False, **self._expected(inverse))
                 out = self._transform_batch(batch, inverse, None)
-            yield out
+            yield out if inverse else framed(self, out, part.values)
 
     def _expected(self, inverse: bool) -> dict[str, Any]:
         """How ``read`` is to check what is to be transformed."""

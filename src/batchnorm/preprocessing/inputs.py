@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn import get_config
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 from torch import Tensor
@@ -24,6 +23,7 @@ from batchnorm.preprocessing.frames import (
     read_frame,
     refuse_other_containers,
 )
+from batchnorm.preprocessing.output import frames_wanted
 from batchnorm.preprocessing.sparse import SparseBatch, is_sparse, read_sparse
 
 __all__ = ["Batch", "check_names", "give_back", "read", "read_weights", "refuse_infinite", "refuse_overflow"]
@@ -248,11 +248,9 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
 
     ``columns``: names of the columns of a data frame, None for those it came with.
     """
-    configured = getattr(estimator, "_sklearn_output_config", {}).get("transform")
-    if configured is None and get_config()["transform_output"] != "default":
-        configured = get_config()["transform_output"]
+    configured = frames_wanted(estimator)
     refuse_overflow(batch, out)
-    frame = configured not in (None, "default")
+    frame = configured is not None
     if isinstance(batch, SparseBatch):
         if frame:
             raise InputError(
@@ -272,5 +270,7 @@ def give_back(estimator: Any, batch: Batch, out: Tensor, columns: Sequence[str] 
             return out
         return (out.float() if out.dtype == torch.bfloat16 else out).cpu().numpy()
     array = out.numpy()
-    result = None if configured is not None else like_frame(batch.source, array, columns)
+    # set_output(transform="default") is scikit-learn's default, an array; unset it is ours.
+    unset = not frame and getattr(estimator, "_sklearn_output_config", {}).get("transform") is None
+    result = like_frame(batch.source, array, columns) if unset else None
     return array if result is None else result
