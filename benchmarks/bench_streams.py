@@ -29,7 +29,7 @@ from benchmarks.harness import interleave, save, show
 
 GB = 2**30
 ROWS, COLUMNS = 2**16, 256  # of a block, 64 MB
-BATCHES, BATCH_ROWS, FEATURES = 20, 2000, 128
+BATCHES, BATCH_ROWS, FEATURES = 100, 2000, 256
 
 
 def blocks(total_bytes: int) -> Any:

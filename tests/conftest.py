@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from batchnorm._library import has_kernel, load
 from batchnorm.ops import native
 from batchnorm.ops.native import Status
 from batchnorm.ops.schema import SCHEMAS
@@ -27,6 +28,15 @@ def _seeded() -> Iterator[None]:
 def promised_native() -> bool:
     """Whether this machine has promised a C++ library (then its absence is a failure)."""
     return os.environ.get("BATCHNORM_REQUIRE_NATIVE") == "1"
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest, promised_native: bool) -> None:
+    """The kernel of the module's OPERATOR is what runs; its absence fails where it was promised."""
+    name = request.module.OPERATOR
+    if not has_kernel(name) and not promised_native:
+        pytest.skip(f"no C++ library here: {load().reason}")
+    assert has_kernel(name), load().reason
 
 
 @pytest.fixture

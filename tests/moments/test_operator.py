@@ -13,33 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchnorm._library import has_kernel, load
 from batchnorm.moments import Moments
 from batchnorm.moments.operator import Sums, compute, reference
 from oracles.moments import exact_moments
 
+OPERATOR = "moments"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 WIDTHS = [1, 2, 3, 7, 15, 16, 17, 33, 64, 100, 513, 1030]
-
-
-@pytest.fixture
-def kernel(promised_native: bool) -> None:
-    """The kernel is what runs; its absence fails where it was promised."""
-    if not has_kernel("moments") and not promised_native:
-        pytest.skip(f"no C++ library here: {load().reason}")
-    assert has_kernel("moments"), load().reason
-
-
-SETS = torch.ops.batchnorm._instruction_sets().split() if load().path else ["none"]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest, kernel: None) -> Iterator[str]:  # noqa: ARG001
-    """Each set of this processor in turn."""
-    before = torch.ops.batchnorm._instruction_set("")
-    assert torch.ops.batchnorm._instruction_set(request.param) == request.param
-    yield request.param
-    torch.ops.batchnorm._instruction_set(before)
 
 
 @pytest.fixture

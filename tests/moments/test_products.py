@@ -8,33 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from batchnorm._library import has_kernel, load
 from batchnorm.moments import Scatter, ScatterSum, products
 from batchnorm.moments.products import add_products, reference
 from oracles.moments import assert_exact_scatter
 
+OPERATOR = "add_products"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 IMPLEMENTATIONS = {"kernel": add_products, "reference": reference}
-
-
-@pytest.fixture
-def kernel(promised_native: bool) -> None:
-    """The kernel is what runs; its absence fails where it was promised."""
-    if not has_kernel("add_products") and not promised_native:
-        pytest.skip(f"no C++ library here: {load().reason}")
-    assert has_kernel("add_products"), load().reason
-
-
-SETS = torch.ops.batchnorm._instruction_sets().split() if load().path else ["none"]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest, kernel: None) -> Iterator[str]:  # noqa: ARG001
-    """Each set of this processor in turn."""
-    before = torch.ops.batchnorm._instruction_set("")
-    assert torch.ops.batchnorm._instruction_set(request.param) == request.param
-    yield request.param
-    torch.ops.batchnorm._instruction_set(before)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

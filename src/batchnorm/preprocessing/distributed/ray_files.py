@@ -112,8 +112,11 @@ def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | Non
     data = need_ray()
     paths = _paths(source)
     kind = _format(paths[0])
-    if kind == "npy" and not any("://" in path for path in paths):
-        return ray_dataset(_ranges(data, paths), columns, weights)
+    if not any("://" in path for path in paths):
+        if kind == "npy":
+            return ray_dataset(_ranges(data, paths), columns, weights)
+        if kind == "parquet" and not any("=" in part for path in paths for part in _folders(path)):
+            return ray_dataset(_row_groups(data, paths), columns, weights)
     read = {"npy": data.read_numpy, "csv": data.read_csv, "parquet": data.read_parquet}[kind]
     context = data.DataContext.get_current()
     newer = getattr(context, "use_datasource_v2", False)
@@ -135,7 +138,7 @@ def _ranges(data: Any, paths: Sequence[str]) -> Any:
     """A dataset of .npy files, cut into ranges of rows: Ray's own reader makes one block of a file of any size."""
     ranges: list[dict[str, Any]] = []
     for path in paths:
-        for file in sorted(map(str, Path(path).rglob("*.npy"))) if os.path.isdir(path) else [path]:
+        for file in _files(path, "npy"):
             array = np.load(file, mmap_mode="r", allow_pickle=False)
             if array.ndim < 2:
                 raise InputError(f"{file}: expected an array (samples, features), got shape {array.shape}")
@@ -152,6 +155,46 @@ def _range(batch: dict[str, Any]) -> dict[str, Any]:
     """The rows of one range."""
     file, start, stop = (batch[name][0] for name in ("file", "start", "stop"))
     return {"data": np.array(np.load(str(file), mmap_mode="r")[int(start) : int(stop)])}
+
+
+def _row_groups(data: Any, paths: Sequence[str]) -> Any:
+    """A dataset of Parquet files, in parts of row groups: Ray's own reader holds several whole ones."""
+    from pyarrow import parquet
+
+    groups: list[dict[str, Any]] = []
+    for path in paths:
+        for file in _files(path, "parquet"):
+            metadata = parquet.read_metadata(file)
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                rows = max(1, _RANGE_BYTES * group.num_rows // max(1, group.total_byte_size))
+                groups.append({"file": os.path.abspath(file), "group": number, "rows": rows})
+    if not groups:
+        raise InputError(f"Found no samples in {', '.join(paths)}: 0 sample(s) while a minimum of 1 is required.")
+    return data.from_items(groups, override_num_blocks=len(groups)).map_batches(_row_group, batch_size=1)
+
+
+def _row_group(batch: dict[str, Any]) -> Iterator[Any]:
+    """The rows of one row group, in pieces."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file, number, rows = (batch[name][0] for name in ("file", "group", "rows"))
+    with parquet.ParquetFile(str(file), buffer_size=2**20, pre_buffer=False) as source:
+        for piece in source.iter_batches(int(rows), row_groups=[int(number)]):
+            yield pa.Table.from_batches([piece])
+
+
+def _folders(path: str) -> set[str]:
+    """The names of the folders in ``path``."""
+    if not os.path.isdir(path):
+        return set(Path(path).parent.parts)
+    return {part for folder in Path(path).rglob("*/") for part in folder.relative_to(path).parts}
+
+
+def _files(path: str, ending: str) -> list[str]:
+    """The files of a folder and its subfolders, or the one that ``path`` is."""
+    return sorted(map(str, Path(path).rglob(f"*.{ending}"))) if os.path.isdir(path) else [path]
 
 
 @contextmanager
