@@ -235,7 +235,8 @@ def _tell(estimator: Any, out: Path, rows: int | None, seconds: float, as_json: 
     lines = {
         "learned": found.title,
         "rows": "" if rows is None else f"{rows:,}",
-        "samples": found.samples_text if rows is None else "",
+        # Other than the rows where values are missing, weighted, or learned before.
+        "samples": "" if rows is not None and found.samples_text == f"{rows:,}" else found.samples_text,
         "features": f"{found.features:,}",
         "time": f"{seconds:.2f} s{rate}",
         "constant": found.listed("constant"),
