@@ -8,7 +8,6 @@ features that are centred already.)
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any, Self
 
 import numpy as np
@@ -16,15 +15,16 @@ import torch
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from batchnorm._checks import check_not_negative
 from batchnorm._errors import BatchnormError, InputError
 from batchnorm.moments import Moments, Scatter
 from batchnorm.preprocessing.base import Array, Normalizer, samples_seen
 from batchnorm.preprocessing.domains import Alignment, Domains, Learned, Roots, learn
 from batchnorm.preprocessing.folding import LinearMap
-from batchnorm.preprocessing.inputs import Batch, read, read_weights, refuse_infinite
+from batchnorm.preprocessing.inputs import Batch, refuse_infinite
 from batchnorm.preprocessing.modules import ScalingModule, WhiteningModule
-from batchnorm.preprocessing.shrinkage import FourthMoments
-from batchnorm.preprocessing.sources import Part, Source, open_source
+from batchnorm.preprocessing.rollback import unchanged_on_error
+from batchnorm.preprocessing.shrinkage import FourthMoments, checked_shrinkage
 
 
 class CORAL(Normalizer):
@@ -118,11 +118,9 @@ class CORAL(Normalizer):
         return self._learn_domains(domains, afresh=not self.__sklearn_is_fitted__(), complete=False)
 
     def _learn_domains(self, domains: dict[str, tuple[Any, Any]], *, afresh: bool, complete: bool) -> Self:
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_error(self):
             if afresh:
-                for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
-                    delattr(self, name)
+                self._forget()
             known = Domains() if afresh else self._stats
             stats = {"source": known.source, "target": known.target}
             for domain, (X, weight) in domains.items():
@@ -136,24 +134,11 @@ class CORAL(Normalizer):
             self._publish()
             if complete:
                 self._solve()
-        except BaseException:
-            self._roll_back(before)
-            raise
         return self
-
-    def _learned_here(self, X: Any, sample_weight: Any, stats: Learned | None) -> Learned:
-        if self._is_stream(X) or isinstance(X, np.memmap):
-            return self._learn_parts(open_source(X), sample_weight, stats)
-        batch = read(self, X, reset=not hasattr(self, "n_features_in_"))
-        return self._accumulate(stats, batch, read_weights(sample_weight, batch))
 
     def _check_learned(self, known: Any, stats: Learned) -> None:  # noqa: ARG002 -- both domains count
         if self.__sklearn_is_fitted__():
             self._check_same_statistics(Domains(source=stats))
-
-    def _read_part(self, source: Source, part: Part, *, reset: bool, **options: Any) -> Batch:
-        # The second domain must have the features of the first.
-        return super()._read_part(source, part, reset=reset and not hasattr(self, "n_features_in_"), **options)
 
     def _statistics(self, batch: Batch, weights: Tensor | None) -> Learned:
         stats = learn(batch.values, batch.axis, weights, fourth=self.shrinkage == "ledoit-wolf")
@@ -174,13 +159,9 @@ class CORAL(Normalizer):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        shrinkage: Any = self.shrinkage
-        fixed = isinstance(shrinkage, Real) and not isinstance(shrinkage, bool) and 0 <= float(shrinkage) <= 1
-        if not (shrinkage is None or fixed or (isinstance(shrinkage, str) and shrinkage == "ledoit-wolf")):
-            raise InputError(f'shrinkage must be None, "ledoit-wolf" or a number in [0, 1], got {shrinkage!r}')
-        for name, value in (("regularization", self.regularization), ("tol", 0 if self.tol is None else self.tol)):
-            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-                raise InputError(f"{name} must be a finite number and not negative, got {value!r}")
+        checked_shrinkage(self.shrinkage)
+        check_not_negative("regularization", self.regularization)
+        check_not_negative("tol", 0 if self.tol is None else self.tol)
 
     def _publish(self) -> None:
         for name, stats in (("n_samples_seen_", self._stats.source), ("n_target_samples_seen_", self._stats.target)):
@@ -192,9 +173,8 @@ class CORAL(Normalizer):
         check_is_fitted(self)
         if self._solution is None:
             self._check_parameters()
-            shrinkage: Any = self.shrinkage
             options: dict[str, Any] = {
-                "shrinkage": shrinkage if shrinkage is None or isinstance(shrinkage, str) else float(shrinkage),
+                "shrinkage": checked_shrinkage(self.shrinkage),
                 "regularization": float(self.regularization),
                 "tolerance": None if self.tol is None else float(self.tol),
             }

@@ -24,6 +24,7 @@ from batchnorm.preprocessing.distributed.ray_transform import transform_dataset
 from batchnorm.preprocessing.front import FrontOfNetwork
 from batchnorm.preprocessing.inputs import Batch, check_names, give_back, read, read_weights, refuse_infinite
 from batchnorm.preprocessing.output import StreamedOutput, framed
+from batchnorm.preprocessing.rollback import unchanged_on_error
 from batchnorm.preprocessing.sources import Part, Source, is_paths, is_stream, open_source
 
 Array = NDArray[Any]
@@ -78,8 +79,7 @@ class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMix
         if type(other) is not type(self):
             raise DtypeError(f"expected another {type(self).__name__} to merge, got {type(other).__name__}")
         check_is_fitted(other)
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_error(self):
             self._check_parameters()
             self._check_mergeable(other)
             if self.__sklearn_is_fitted__():
@@ -90,9 +90,6 @@ class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMix
                 if hasattr(other, "feature_names_in_"):
                     self.feature_names_in_ = other.feature_names_in_.copy()
             self._publish()
-        except BaseException:
-            self._roll_back(before)
-            raise
         return self
 
     def transform(self, X: Any) -> Any:
@@ -203,25 +200,28 @@ class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMix
     # The steps in common
 
     def _learn(self, X: Any, sample_weight: Any, *, afresh: bool, complete: bool) -> Self:
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_error(self):
             if afresh:
-                for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
-                    delattr(self, name)
+                self._forget()
             self._stats = self._learned(X, sample_weight, None if afresh else self._stats, together=complete)
             self._publish()
             if complete:
                 self._complete()
-        except BaseException:
-            self._roll_back(before)
-            raise
         return self
+
+    def _forget(self) -> None:
+        for name in [name for name in vars(self) if name.endswith("_") or name == "_stats"]:
+            delattr(self, name)
 
     def _learned_here(self, X: Any, sample_weight: Any, stats: Any) -> Any:
         if self._is_stream(X) or isinstance(X, np.memmap):
             return self._learn_parts(open_source(X), sample_weight, stats)
-        batch = read(self, X, reset=stats is None)
+        batch = read(self, X, reset=self._is_new())
         return self._accumulate(stats, batch, read_weights(sample_weight, batch))
+
+    def _is_new(self) -> bool:
+        """Whether the features are still to be learned."""
+        return not hasattr(self, "n_features_in_")
 
     def _is_stream(self, X: Any) -> bool:
         # A list of arrays of two or more dimensions is one array of samples where samples have such shapes.
@@ -239,7 +239,7 @@ class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMix
             if weights is not None and len(weights) < row + rows:
                 raise ShapeError(f"sample_weight must have one weight a sample, got {len(weights)} for more samples")
             with located(part):
-                batch = self._read_part(source, part, reset=stats is None)
+                batch = self._read_part(source, part, reset=self._is_new())
                 own = part.weights if weights is None else weights[row : row + rows]
                 w = read_weights(own, batch, zeros=True)
                 stats = self._accumulate_part(stats, batch, w)
@@ -262,10 +262,6 @@ class Normalizer(StreamedOutput, Distributed, FrontOfNetwork, OneToOneFeatureMix
         batch = read(self, part.values, reset=reset, first_row=part.row, **{**options, "check_names": False})
         check_names(self, source.names, reset=reset)
         return batch
-
-    def _roll_back(self, before: dict[str, Any]) -> None:
-        self.__dict__.clear()
-        self.__dict__.update(before)
 
     def _transform(self, X: Any, *, inverse: bool, copy: bool | None) -> Any:
         check_is_fitted(self)

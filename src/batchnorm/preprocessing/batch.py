@@ -49,11 +49,7 @@ class Batch:
 
     def row_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of samples, small enough for a float64 copy."""
-        rows = self.values.shape[0]
-        step = max(1, BLOCK_ELEMENTS * rows // max(1, self.values.numel()))
-        for start in range(0, rows, step):
-            block = slice(start, min(start + step, rows))
-            yield block, self.values[block]
+        return row_blocks(self.values)
 
     def moments(self, weights: Tensor | None) -> Moments:
         """The moments of each feature, NaN left out."""
@@ -64,13 +60,21 @@ class Batch:
         values = self.values if values is None else values
         if not values.is_floating_point() or _sum_is_finite(values):
             return None
-        step = max(1, BLOCK_ELEMENTS * values.shape[0] // max(1, values.numel()))
-        for start in range(0, values.shape[0], step):
-            infinite = torch.isinf(values[start : start + step])
+        for rows, block in row_blocks(values):
+            infinite = torch.isinf(block)
             if bool(infinite.any()):
                 index = [int(i) for i in infinite.nonzero()[0]]
-                return index[0] + start, index[self.axis]
+                return index[0] + rows.start, index[self.axis]
         return None
+
+
+def row_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of rows, small enough for a float64 copy."""
+    rows = values.shape[0]
+    step = max(1, BLOCK_ELEMENTS * rows // max(1, values.numel()))
+    for start in range(0, rows, step):
+        block = slice(start, min(start + step, rows))
+        yield block, values[block]
 
 
 def _sum_is_finite(values: Tensor) -> bool:

@@ -23,14 +23,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from batchnorm._checks import check_choice
+from batchnorm._checks import check_choice, check_not_negative
 from batchnorm._errors import InputError
 from batchnorm.moments import Moments
 from batchnorm.preprocessing.base import is_constant
 from batchnorm.preprocessing.factors import EigenWhitening, MatrixWhitening, Whitening
 from batchnorm.preprocessing.randomized import Sketch
 from batchnorm.preprocessing.secondmoments import SecondMoments
-from batchnorm.preprocessing.shrinkage import FourthMoments, ledoit_wolf_intensity, ledoit_wolf_of_gram, shrink
+from batchnorm.preprocessing.shrinkage import (
+    FourthMoments,
+    checked_shrinkage,
+    ledoit_wolf_intensity,
+    ledoit_wolf_of_gram,
+    shrink,
+)
 from batchnorm.preprocessing.spectrum import Spectrum, gram_matrix, spectrum_of, spectrum_of_gram
 
 METHODS = ("pca", "zca", "cholesky", "pca-cor", "zca-cor")
@@ -62,13 +68,9 @@ class Wish:
             )
         if share and method == "cholesky":
             raise InputError(f'method="cholesky" has no shares of variance: n_components must be whole, got {wanted!r}')
-        shrinkage = estimator.shrinkage
-        fixed = isinstance(shrinkage, Real) and not isinstance(shrinkage, bool) and 0 <= float(shrinkage) <= 1
-        if not (shrinkage is None or fixed or (isinstance(shrinkage, str) and shrinkage == "ledoit-wolf")):
-            raise InputError(f'shrinkage must be None, "ledoit-wolf" or a number in [0, 1], got {shrinkage!r}')
-        for name, value in (("eps", estimator.eps), ("tol", 0 if estimator.tol is None else estimator.tol)):
-            if not isinstance(value, Real) or not 0 <= float(value) < float("inf"):
-                raise InputError(f"{name} must be a finite number and not negative, got {value!r}")
+        shrinkage = checked_shrinkage(estimator.shrinkage)
+        check_not_negative("eps", estimator.eps)
+        check_not_negative("tol", 0 if estimator.tol is None else estimator.tol)
         if method == "cholesky" and solver in ("gram", "randomized"):
             raise InputError(f'method="cholesky" is not made of eigenvectors: use solver="eigh", got {solver!r}')
         if solver == "randomized" and not whole:
@@ -78,7 +80,7 @@ class Wish:
         return cls(
             method=method,
             n_components=int(wanted) if whole else None if wanted is None else float(wanted),
-            shrinkage=float(shrinkage) if fixed else shrinkage,
+            shrinkage=shrinkage,
             eps=float(estimator.eps),
             tolerance=None if estimator.tol is None else float(estimator.tol),
             solver=solver,

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from numbers import Real
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -121,6 +122,14 @@ class FourthMoments:
         except KeyError as missing:
             raise InputError(f"FourthMoments need the tensor {missing}") from None
         return cls(Scatter.from_dict(rest), third, fourth)
+
+
+def checked_shrinkage(shrinkage: Any) -> str | float | None:
+    """The parameter of that name as it is computed with. Raises InputError for what it cannot be."""
+    fixed = isinstance(shrinkage, Real) and not isinstance(shrinkage, bool) and 0 <= float(shrinkage) <= 1
+    if not (shrinkage is None or fixed or (isinstance(shrinkage, str) and shrinkage == "ledoit-wolf")):
+        raise InputError(f'shrinkage must be None, "ledoit-wolf" or a number in [0, 1], got {shrinkage!r}')
+    return float(shrinkage) if fixed else shrinkage
 
 
 def shrink(matrix: Tensor, intensity: float) -> Tensor:

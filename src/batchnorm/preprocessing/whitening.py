@@ -174,7 +174,8 @@ class Whitener(Normalizer):
     def _accumulate_part(self, stats: Any, batch: Batch, weights: Tensor | None) -> Any:
         if isinstance(stats, Growth):
             if stats.add(batch.values, batch.axis, weights):
-                self._refuse_unusable(batch, stats.moments.mean, stats.moments.m2)
+                moments = stats.moments
+                self._refuse_unusable(batch, moments.mean, moments.m2)
             else:
                 refuse_infinite(self, batch)
             return stats

@@ -11,6 +11,7 @@ from torch import distributed
 from batchnorm._errors import InputError
 from batchnorm.preprocessing.batch import NothingToLearnError
 from batchnorm.preprocessing.distributed import ranks, ray_data
+from batchnorm.preprocessing.rollback import unchanged_on_error
 
 
 class Distributed:
@@ -32,16 +33,13 @@ class Distributed:
         if not distributed.is_available() or not distributed.is_initialized():
             check_is_fitted(self)
             return self
-        before = dict(self.__dict__)
         try:
-            self._refuse_randomized("learn on several processes")
-            self._stats = ranks.learn_together(self, self._own_statistics, group)
-            self._publish()
-        except BaseException as error:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            if isinstance(error, NothingToLearnError):
-                check_is_fitted(self)
+            with unchanged_on_error(self):
+                self._refuse_randomized("learn on several processes")
+                self._stats = ranks.learn_together(self, self._own_statistics, group)
+                self._publish()
+        except NothingToLearnError:
+            check_is_fitted(self)
             raise
         return self
 

@@ -6,7 +6,7 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,9 @@ import numpy as np
 from batchnorm._errors import BatchnormError, InputError, OutputError
 from batchnorm.preprocessing.distributed.ray_data import RayDataset, need_ray, ray_dataset
 from batchnorm.preprocessing.distributed.ray_transform import transform
+from batchnorm.preprocessing.sources.paths import partitions
 
+Cut = Callable[[str], Iterator[dict[str, int]]]
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 _FORMATS = ("parquet", "csv", "npy")
 _RANGE_BYTES = 64 * 2**20
@@ -114,9 +116,9 @@ def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | Non
     kind = _format(paths[0])
     if not any("://" in path for path in paths):
         if kind == "npy":
-            return ray_dataset(_ranges(data, paths), columns, weights)
-        if kind == "parquet" and not any("=" in part for path in paths for part in _folders(path)):
-            return ray_dataset(_row_groups(data, paths), columns, weights)
+            return ray_dataset(_pieces(data, paths, kind, _ranges, _range), columns, weights)
+        if kind == "parquet" and not any(map(_partitioned, paths)):
+            return ray_dataset(_pieces(data, paths, kind, _row_groups, _row_group), columns, weights)
     read = {"npy": data.read_numpy, "csv": data.read_csv, "parquet": data.read_parquet}[kind]
     context = data.DataContext.get_current()
     newer = getattr(context, "use_datasource_v2", False)
@@ -134,21 +136,26 @@ def _open(source: Paths, columns: Sequence[str] | str | None, weights: str | Non
     return ray_dataset(dataset, columns, weights)
 
 
-def _ranges(data: Any, paths: Sequence[str]) -> Any:
-    """A dataset of .npy files, cut into ranges of rows: Ray's own reader makes one block of a file of any size."""
-    ranges: list[dict[str, Any]] = []
-    for path in paths:
-        for file in _files(path, "npy"):
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-            if array.ndim < 2:
-                raise InputError(f"{file}: expected an array (samples, features), got shape {array.shape}")
-            step = max(1, _RANGE_BYTES * len(array) // max(1, array.nbytes))
-            file = os.path.abspath(file)
-            ranges += [{"file": file, "start": start, "stop": start + step} for start in range(0, len(array), step)]
-    if not ranges:
+def _pieces(data: Any, paths: Sequence[str], kind: str, cut: Cut, read: Any) -> Any:
+    """A dataset of what ``read`` makes of the pieces that ``cut`` says a file has, one task a piece.
+
+    Ray's own readers make one block of an .npy file whatever its size, and hold several row groups of Parquet whole.
+    """
+    files = [file for path in paths for file in _files(path, kind)]
+    pieces = [{"file": os.path.abspath(file), **piece} for file in files for piece in cut(file)]
+    if not pieces:
         raise InputError(f"Found no samples in {', '.join(paths)}: 0 sample(s) while a minimum of 1 is required.")
-    dataset = data.from_items(ranges, override_num_blocks=len(ranges))
-    return dataset.map_batches(_range, batch_size=1)
+    return data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(read, batch_size=1)
+
+
+def _ranges(file: str) -> Iterator[dict[str, int]]:
+    """An .npy file in ranges of rows."""
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    if array.ndim < 2:
+        raise InputError(f"{file}: expected an array (samples, features), got shape {array.shape}")
+    step = max(1, _RANGE_BYTES * len(array) // max(1, array.nbytes))
+    for start in range(0, len(array), step):
+        yield {"start": start, "stop": start + step}
 
 
 def _range(batch: dict[str, Any]) -> dict[str, Any]:
@@ -157,21 +164,14 @@ def _range(batch: dict[str, Any]) -> dict[str, Any]:
     return {"data": np.array(np.load(str(file), mmap_mode="r")[int(start) : int(stop)])}
 
 
-def _row_groups(data: Any, paths: Sequence[str]) -> Any:
-    """A dataset of Parquet files, in parts of row groups: Ray's own reader holds several whole ones."""
+def _row_groups(file: str) -> Iterator[dict[str, int]]:
+    """The row groups of a Parquet file, and how many rows of each are to be read at a time."""
     from pyarrow import parquet
 
-    groups: list[dict[str, Any]] = []
-    for path in paths:
-        for file in _files(path, "parquet"):
-            metadata = parquet.read_metadata(file)
-            for number in range(metadata.num_row_groups):
-                group = metadata.row_group(number)
-                rows = max(1, _RANGE_BYTES * group.num_rows // max(1, group.total_byte_size))
-                groups.append({"file": os.path.abspath(file), "group": number, "rows": rows})
-    if not groups:
-        raise InputError(f"Found no samples in {', '.join(paths)}: 0 sample(s) while a minimum of 1 is required.")
-    return data.from_items(groups, override_num_blocks=len(groups)).map_batches(_row_group, batch_size=1)
+    metadata = parquet.read_metadata(file)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        yield {"group": number, "rows": max(1, _RANGE_BYTES * group.num_rows // max(1, group.total_byte_size))}
 
 
 def _row_group(batch: dict[str, Any]) -> Iterator[Any]:
@@ -185,11 +185,11 @@ def _row_group(batch: dict[str, Any]) -> Iterator[Any]:
             yield pa.Table.from_batches([piece])
 
 
-def _folders(path: str) -> set[str]:
-    """The names of the folders in ``path``."""
+def _partitioned(path: str) -> bool:
+    """Whether folders hold columns, which Ray's own reader adds."""
     if not os.path.isdir(path):
-        return set(Path(path).parent.parts)
-    return {part for folder in Path(path).rglob("*/") for part in folder.relative_to(path).parts}
+        return bool(partitions(path))
+    return any(partitions(os.path.relpath(file, path)) for file in _files(path, "parquet"))
 
 
 def _files(path: str, ending: str) -> list[str]:

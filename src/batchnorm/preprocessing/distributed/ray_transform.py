@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn import get_config
 
 from batchnorm._errors import InputError
 from batchnorm.preprocessing.distributed.ray_data import RayDataset, as_spread
 from batchnorm.preprocessing.distributed.tables import read_features, write_features
 from batchnorm.preprocessing.inputs import check_names, read
+from batchnorm.preprocessing.output import frames_wanted
 
 
 def transform(
@@ -46,8 +46,8 @@ def transform(
 
 def transform_dataset(estimator: Any, X: Any, inverse: bool) -> Any:
     """:func:`transform` as a method of the estimator. Raises InputError where that is to give data frames."""
-    config = getattr(estimator, "_sklearn_output_config", {}).get("transform") or get_config()["transform_output"]
-    if config != "default" and not inverse:
+    config = frames_wanted(estimator)
+    if config is not None and not inverse:
         raise InputError(
             f"expected to return a Ray Dataset, but set_output asks for {config!r} frames: "
             'use set_output(transform="default")'

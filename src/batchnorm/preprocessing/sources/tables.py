@@ -139,7 +139,8 @@ class Features:
 
 def _numbers(column: Any) -> NDArray[Any]:
     """An Arrow column as an array, null as NaN; without a copy where there is none."""
-    pa = need("pyarrow")
+    import pyarrow as pa  # a column is here, so this is; need() takes a lookup for each of many
+
     if pa.types.is_null(column.type):
         return np.full(len(column), np.nan)
     if pa.types.is_decimal(column.type):
