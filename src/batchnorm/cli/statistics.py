@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batchnorm.report.numbers import NOTHING, number
+from batchnorm.report.statistics import spectrum_facts
 from batchnorm.report.terminal import console_for, simple_table
 
 if TYPE_CHECKING:
@@ -55,16 +56,7 @@ def _findings(about: Description) -> RenderableType:
 
 
 def _spectrum(spectrum: Spectrum, every: bool) -> list[RenderableType]:
-    lines = {
-        "directions kept": f"{spectrum.kept:,} of {spectrum.rank:,} with variance",
-        "without variance": f"{spectrum.without_variance:,}" if spectrum.without_variance else "none",
-        "condition number": NOTHING if spectrum.condition is None else number(spectrum.condition),
-    }
-    if spectrum.effective_rank is not None:
-        lines["effective rank"] = f"{spectrum.effective_rank:.1f}"
-    if spectrum.shrinkage:
-        lines["shrinkage"] = number(spectrum.shrinkage)
-    parts: list[RenderableType] = [fact_lines(lines)]
+    parts: list[RenderableType] = [fact_lines(spectrum_facts(spectrum, "without variance"))]
     if not spectrum.variance:
         return parts
     table = simple_table(

@@ -54,7 +54,7 @@ def render(about: Description, label: str) -> str:
         "statistics.html.j2",
         figures,
         title=about.title,
-        facts={**facts, **(_spectrum_facts(about.spectrum) if about.spectrum else {})},
+        facts={**facts, **(spectrum_facts(about.spectrum) if about.spectrum else {})},
         warnings=[finding.text for finding in about.findings if finding.severity == "warning"],
         notes=[finding.text for finding in about.findings if finding.severity == "info"],
         spectrum=[drawn for drawn in figures if drawn.figure.id in ("spectrum", "together")],
@@ -75,10 +75,11 @@ def figures_of(about: Description) -> list[Figure]:
     return found
 
 
-def _spectrum_facts(spectrum: Spectrum) -> dict[str, str]:
+def spectrum_facts(spectrum: Spectrum, without: str = "directions without variance") -> dict[str, str]:
+    """What is said of a spectrum, by name; ``without`` is the name of the number of directions without variance."""
     facts = {
         "directions kept": f"{spectrum.kept:,} of {spectrum.rank:,} with variance",
-        "directions without variance": f"{spectrum.without_variance:,}" if spectrum.without_variance else "none",
+        without: f"{spectrum.without_variance:,}" if spectrum.without_variance else "none",
         "condition number": NOTHING if spectrum.condition is None else number(spectrum.condition),
     }
     if spectrum.effective_rank is not None:
