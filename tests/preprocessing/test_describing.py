@@ -114,3 +114,10 @@ def test_fewer_samples_than_features_are_no_dependence_of_features() -> None:
     assert "there are no more samples than features" in rank.text
     assert about.spectrum is not None
     assert about.spectrum.without_variance == 31
+
+
+def test_features_without_a_value_do_not_make_a_range_of_the_samples() -> None:
+    data = X.copy()
+    data[:, 1] = np.nan
+    with pytest.warns(RuntimeWarning, match="saw only NaN"):
+        assert describe(StandardScaler().fit(data)).samples_text == str(len(X))

@@ -75,10 +75,13 @@ class Description:
     @property
     def samples_text(self) -> str:
         """The number of samples, or the sum of their weights."""
-        if self.samples is None:
-            counts = [count for count in self.columns.get("count", ()) if count]
-            return f"{_number(min(counts))} to {_number(max(counts))}, by feature" if counts else "none"
-        return _number(self.samples)
+        if self.samples is not None:
+            return _number(self.samples)
+        # Features without a value are listed by themselves.
+        counts = sorted({count for count in self.columns.get("count", ()) if count})
+        if len(counts) > 1:
+            return f"{_number(counts[0])} to {_number(counts[-1])}, by feature"
+        return _number(counts[0]) if counts else "none"
 
     def name(self, feature: int) -> str:
         """What a feature is called."""
