@@ -6,7 +6,8 @@ The rooms, each importable as an attribute of this package and loaded when it is
 - ``batchnorm.nn``: batch-normalization layers, drop-in for ``torch.nn``'s,
 - ``batchnorm.ops``: the arithmetic of the layers as ``torch.library`` operators,
 - ``batchnorm.moments``: counts, means and sums of squared deviations that merge exactly,
-- ``batchnorm.probes``: how activations are distributed, and how that moves during training,
+- ``batchnorm.probes``: how activations are distributed, how that moves during training, and what is wrong with a model,
+- ``batchnorm.surgery``: change a model's normalization: convert, insert, freeze, recalibrate, fold, adapt,
 - ``batchnorm.study``, ``batchnorm.report``: experiments that show what normalization does, and their page.
 """
 
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm._errors import (
     BatchnormError,
+    CheckpointError,
     ConfigError,
     DtypeError,
     InputError,
@@ -25,16 +27,20 @@ from batchnorm._errors import (
     RecordsError,
     ShapeError,
     StatisticsFileError,
+    SurgeryError,
     SynchronizationError,
 )
 
 if TYPE_CHECKING:
-    from batchnorm import moments, nn, ops, preprocessing, probes, report, study
+    from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
+    from batchnorm.probes import diagnose
+    from batchnorm.surgery import changes
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchnormError",
+    "CheckpointError",
     "ConfigError",
     "DtypeError",
     "InputError",
@@ -43,8 +49,11 @@ __all__ = [
     "RecordsError",
     "ShapeError",
     "StatisticsFileError",
+    "SurgeryError",
     "SynchronizationError",
     "__version__",
+    "changes",
+    "diagnose",
     "moments",
     "nn",
     "ops",
@@ -52,15 +61,22 @@ __all__ = [
     "probes",
     "report",
     "study",
+    "surgery",
 ]
 
-_ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study"})
+_ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
+_FUNCTIONS = {
+    "changes": "surgery",
+    "diagnose": "probes",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Rooms load on first use: `import batchnorm` must cost next to nothing, whatever the rooms come to need.
     if name in _ROOMS:
         return importlib.import_module(f"batchnorm.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"batchnorm.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
 
 

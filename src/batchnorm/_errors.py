@@ -8,6 +8,8 @@ code written for those catches ours too::
     │   ├── ShapeError          RuntimeError    a shape, rank, width or number of channels that does not fit
     │   ├── ConfigError                         a study's configuration
     │   ├── RecordsError                        a run's folder or its records
+    │   ├── CheckpointError                     a file of weights
+    │   ├── SurgeryError        RuntimeError    a change of a model that is refused
     │   └── StatisticsFileError                 a file of saved statistics
     ├── DtypeError              TypeError, RuntimeError    a type of data that cannot be handled
     ├── SynchronizationError    RuntimeError    processes that disagree, or one that does not answer
@@ -41,6 +43,14 @@ class ConfigError(InputError):
 
 class RecordsError(InputError):
     """A run's folder, or a line of its records, cannot be read."""
+
+
+class CheckpointError(InputError):
+    """A file of weights cannot be read safely, or does not belong to the model."""
+
+
+class SurgeryError(InputError, RuntimeError):
+    """A change of a model is refused; the message names the layer, and the model is as it was."""
 
 
 class StatisticsFileError(InputError):

@@ -1,0 +1,89 @@
+"""How a model is run on somebody's batches, and how to leave no trace of having done it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+"""How a model takes a batch of a user's own kind: ``forward_fn(model, batch)``."""
+
+
+def feed(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """Run ``model`` on ``batch``, moved to the model's device.
+
+    A tensor is ``model(batch)``; a mapping ``model(**batch)``; of a tuple or list, which in torch is (inputs, targets),
+    the first item: itself a tensor, a mapping or a tuple, and then ``model(*inputs)``. ``forward_fn(model, batch)``
+    takes the place of all this.
+    """
+    batch = on_device(batch, device_of(model))
+    if forward_fn is not None:
+        return forward_fn(model, batch)
+    positional, named = arguments(batch)
+    return model(*positional, **named)
+
+
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with for ``batch``: positional and named arguments. See :func:`feed`."""
+    if isinstance(batch, tuple | list) and not _is_named_tuple(batch) and batch:
+        first = batch[0]
+        if isinstance(first, tuple | list) and not _is_named_tuple(first):
+            return tuple(first), {}
+        batch = first
+    if isinstance(batch, Mapping):
+        return (), {str(key): value for key, value in batch.items()}
+    return (batch,), {}
+
+
+def size_of(batch: Any) -> int | None:
+    """N: the first dimension of the first tensor of ``batch``, or None where it holds none."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.size(0)
+    return None
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model's first parameter or buffer is; None for a model without any, or in several places."""
+    found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return found.pop() if len(found) == 1 else None
+
+
+def on_device(batch: Any, device: torch.device | None) -> Any:
+    """``batch`` with its tensors on ``device``; as it is where that is None."""
+    if device is None or device.type == "meta":
+        return batch
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Module]:
+    """Run ``model`` without gradients, and have its buffers, modes and random state back afterwards, come what may.
+
+    Args:
+        model: whose forward passes are inside the block.
+        training: the mode of all its modules inside the block; None leaves each in its own.
+    """
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers() if buffer.device.type != "meta"}
+    devices = [tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"]
+    try:
+        with torch.random.fork_rng(devices={device.index or 0 for device in devices}), torch.no_grad():
+            if training is not None:
+                model.train(training)
+            yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")

@@ -1,0 +1,86 @@
+"""What was done to a model, in words: every operation of this room says it, and it can be asked for later."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+log = logging.getLogger("batchnorm.surgery")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change.
+
+    Attributes:
+        layer: path of the module, ``""`` for the model itself.
+        what: the change, as in ``"BatchNorm2d(64) became SyncBatchNorm(64)"``.
+        lost: what could not be kept, or an empty string.
+    """
+
+    layer: str
+    what: str
+    lost: str = ""
+
+    def __str__(self) -> str:
+        lost = f" (lost: {self.lost})" if self.lost else ""
+        return f"{self.layer or 'the model'}: {self.what}{lost}"
+
+
+class Changes(tuple[Change, ...]):
+    """Changes, oldest first. ``print()`` shows a line for each; ``changes.lost`` are those that lost something."""
+
+    __slots__ = ()
+
+    @property
+    def lost(self) -> Changes:
+        """Those that could not keep everything."""
+        return Changes(change for change in self if change.lost)
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Plain dictionaries, for JSON."""
+        return [asdict(change) for change in self]
+
+    def __str__(self) -> str:
+        return "\n".join(str(change) for change in self) or "nothing was changed"
+
+
+# Beside the models, not in them: a model that goes to a file or another process must not need this package there.
+_history: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Changes]]] = weakref.WeakKeyDictionary()
+
+
+def changes(model: nn.Module, last: bool = True) -> Changes:
+    """What the package changed in ``model``, in this process.
+
+    Args:
+        model: what a function of :mod:`batchnorm.surgery` returned.
+        last: the latest operation alone; with False, all of them, oldest first.
+
+    Returns:
+        Empty where nothing was done. Of a copy nothing is known but what was done to it after it was made.
+    """
+    done = _history.get(model, [])
+    if last:
+        done = done[-1:]
+    return Changes(change for _, found in done for change in found)
+
+
+def remember(model: nn.Module, operation: str, found: list[Change], before: nn.Module | None = None) -> Changes:
+    """Keep what ``operation`` did, log it, and return it.
+
+    Args:
+        model: the root after the operation.
+        operation: its name: ``"convert"``.
+        found: what it did.
+        before: the root that it was given, where that is another; its history goes on.
+    """
+    done = Changes(found)
+    earlier = list(_history.get(before, [])) if before is not None and before is not model else _history.get(model, [])
+    _history[model] = [*earlier, (operation, done)]
+    for change in done:
+        log.info("%s: %s", operation, change)
+    return done
