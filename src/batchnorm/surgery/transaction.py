@@ -22,14 +22,15 @@ def unchanged_on_error(model: nn.Module, parameters: bool = False) -> Iterator[N
         model: the root.
         parameters: keep a copy of the parameters' values too; for operations that write to them.
     """
-    held = {module: _contents(module) for module in model.modules()}
+    held = {module: (type(module), _contents(module)) for module in model.modules()}
     kept: list[Tensor] = [*model.buffers(), *(model.parameters() if parameters else ())]
     values = [(tensor, tensor.detach().clone()) for tensor in kept]
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
     except BaseException:
-        for module, contents in held.items():
+        for module, (kind, contents) in held.items():
+            module.__class__ = kind  # a parametrization changes it
             _restore(module, contents)
         with torch.no_grad():
             for tensor, value in values:
