@@ -19,8 +19,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Anew only when what it depends on has changed. The second step builds the extension against the torch of the first.
-$(INSTALLED): requirements/dev.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
+$(INSTALLED): requirements/dev.txt requirements/peers.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
