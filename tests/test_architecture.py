@@ -65,7 +65,8 @@ def python(code: str) -> str:
 
 
 LIBRARIES = {"torch", "numpy"}
-HEAVY = {"sklearn", "plotly", "jinja2", "pandas", "polars", "ray", "pyarrow", "triton", "rich", "click", "lightning", "tensorboard"}
+HEAVY = {"sklearn", "plotly", "jinja2", "pandas", "polars", "ray", "pyarrow", "triton", "rich", "click"}
+HEAVY |= {"lightning", "tensorboard"}
 
 
 def test_import_is_lean():

@@ -33,7 +33,6 @@ from batchnorm._errors import (
 
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
-    from batchnorm.probes import diagnose
     from batchnorm.surgery import changes
 
 __version__ = "0.1.0"
@@ -53,7 +52,6 @@ __all__ = [
     "SynchronizationError",
     "__version__",
     "changes",
-    "diagnose",
     "moments",
     "nn",
     "ops",
@@ -67,7 +65,6 @@ __all__ = [
 _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
 _FUNCTIONS = {
     "changes": "surgery",
-    "diagnose": "probes",
 }
 
 

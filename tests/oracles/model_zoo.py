@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from oracles.absent_torchvision import stand_in
 from torch import Tensor, nn
+
+from oracles.absent_torchvision import stand_in
 
 
 class Architecture(NamedTuple):

@@ -58,7 +58,7 @@ def on_device(batch: Any, device: torch.device | None) -> Any:
     """``batch`` with its tensors on ``device``; as it is where that is None."""
     if device is None or device.type == "meta":
         return batch
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor if tensor.device == device else tensor.to(device), batch)
 
 
 @contextmanager
