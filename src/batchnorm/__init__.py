@@ -33,6 +33,7 @@ from batchnorm._errors import (
 
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
+    from batchnorm.probes import diagnose
     from batchnorm.surgery import changes
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ __all__ = [
     "SynchronizationError",
     "__version__",
     "changes",
+    "diagnose",
     "moments",
     "nn",
     "ops",
@@ -65,6 +67,7 @@ __all__ = [
 _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
 _FUNCTIONS = {
     "changes": "surgery",
+    "diagnose": "probes",
 }
 
 
