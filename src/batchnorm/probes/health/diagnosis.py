@@ -10,7 +10,7 @@ from torch import nn, optim
 
 from batchnorm._errors import InputError
 from batchnorm.probes.feeding import ForwardFn
-from batchnorm.probes.health.finding import SEVERITIES, Diagnosis
+from batchnorm.probes.health.finding import SEVERITIES, Diagnosis, Finding
 from batchnorm.probes.health.rule import selected
 from batchnorm.probes.health.subject import Subject
 
@@ -55,7 +55,9 @@ def diagnose(
         batches, first = _peeked(batches)
         example = first if example is None else example
     subject = Subject(model, batches, example, forward_fn=forward_fn, optimizer=optimizer)
-    findings, checked, skipped = [], [], {}
+    findings: list[Finding] = []
+    checked: list[str] = []
+    skipped: dict[str, str] = {}
     for candidate in chosen:
         missing = (candidate.needs == "batches" and batches is None) or (
             candidate.needs == "optimizer" and optimizer is None

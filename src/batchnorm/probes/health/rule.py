@@ -1,7 +1,7 @@
 """The rules by their codes.
 
-A rule is a function of a :class:`~batchnorm.probes.health.subject.Subject` that yields :class:`Sign` s. Its docstring is
-its page in short: what it finds, why that hurts, and its false alarms; ``docs/rules`` has the whole page.
+A rule is a function of a :class:`~batchnorm.probes.health.subject.Subject` that yields :class:`Sign` objects. Its
+docstring is its page in short: what it finds, why that hurts, its false alarms; ``docs/rules`` has the whole page.
 """
 
 from __future__ import annotations
