@@ -11,7 +11,10 @@ import batchnorm
 from cli.commandline import Outcome, shell
 
 Call = Callable[..., Outcome]
-COMMANDS = ["fit", "transform", "merge", "inspect", "study", "report", "selftest", "completion"]
+COMMANDS = [
+    *("fit", "transform", "merge", "inspect", "doctor", "recalibrate", "fold"),
+    *("study", "report", "selftest", "completion"),
+]
 
 
 def test_the_version(call: Call) -> None:
@@ -25,7 +28,10 @@ def test_the_version(call: Call) -> None:
         ["--version"],
         ["--help"],
         ["completion", "zsh"],
-        *([command, "--help"] for command in ("study", "fit", "transform", "merge", "inspect")),
+        *(
+            [command, "--help"]
+            for command in ("study", "fit", "transform", "merge", "inspect", "doctor", "recalibrate", "fold")
+        ),
     ],
 )
 def test_what_needs_nothing_heavy_imports_nothing_heavy(arguments: list[str]) -> None:

@@ -19,9 +19,12 @@ import click
 from batchnorm import __version__
 from batchnorm._errors import BatchnormError
 from batchnorm.cli.completion import completion
+from batchnorm.cli.doctor import doctor
 from batchnorm.cli.fit import fit
+from batchnorm.cli.fold import fold
 from batchnorm.cli.inspect import inspect
 from batchnorm.cli.merge import merge
+from batchnorm.cli.recalibrate import recalibrate
 from batchnorm.cli.report import report
 from batchnorm.cli.selftest import selftest
 from batchnorm.cli.study import study
@@ -38,12 +41,13 @@ Examples:
   batchnorm fit train.parquet --out stats.safetensors
   batchnorm transform test.parquet --stats stats.safetensors --out normalized.parquet
   batchnorm inspect stats.safetensors    what was learned, and what is suspicious in it
+  batchnorm doctor package:make_model    what is wrong with a model's batch norms
   batchnorm study                        the whole study, in under two minutes, and its page
   batchnorm study --quick                a first look, in half a minute
   batchnorm report runs/2026-01-31_12-00-00
   batchnorm selftest                     which implementations run here, and how exact they are
 
-Exit codes: 0 done, 1 an error, 2 wrong usage, 130 interrupted.""",
+Exit codes: 0 done, 1 an error, 2 wrong usage, 3 the doctor found something, 130 interrupted.""",
 )
 @click.version_option(__version__, message="%(prog)s %(version)s")
 @click.pass_context
@@ -53,7 +57,7 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (fit, transform, merge, inspect, study, report, selftest, completion):
+for command in (fit, transform, merge, inspect, doctor, recalibrate, fold, study, report, selftest, completion):
     cli.add_command(command)
 
 

@@ -88,11 +88,14 @@ def quiet_ray() -> None:
 class Meter:
     """Counts rows, and shows them on a terminal: a bar, their rate and the time left. In a log it says nothing.
 
-    ``bytes_read``: the share that is done, where nobody knows how many rows there are.
+    ``bytes_read``: the share that is done, where nobody knows how many rows there are. ``unit``: what is counted.
     """
 
-    def __init__(self, label: str, bytes_read: Callable[[], tuple[int, int] | None] | None = None) -> None:
+    def __init__(
+        self, label: str, bytes_read: Callable[[], tuple[int, int] | None] | None = None, unit: str = "rows"
+    ) -> None:
         self.label = label
+        self.unit = unit
         self.rows = 0
         self.bytes_read = bytes_read
         self._bar: Any = None
@@ -132,4 +135,4 @@ class Meter:
         rate = f", {(rows - before) / (now - began):,.0f}/s" if now - began > 0.5 else ""
         of = "" if total is None else f" of {total:,}"
         done, whole = (rows, total) if total is not None else ((self.bytes_read and self.bytes_read()) or (0, None))
-        self._bar.update(self._task, completed=done, total=whole, rows=f"{rows:,}{of} rows{rate}")
+        self._bar.update(self._task, completed=done, total=whole, rows=f"{rows:,}{of} {self.unit}{rate}")

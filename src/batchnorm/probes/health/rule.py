@@ -105,19 +105,20 @@ def selected(select: Collection[str] | None = None, ignore: Collection[str] = ()
         InputError: (ValueError) something selects no rule at all.
     """
     for wanted in (*(select or ()), *ignore):
-        if not any(_matches(candidate, wanted) for candidate in rules()):
+        if not any(matches(candidate, wanted) for candidate in rules()):
             raise InputError(f"expected a rule's code or name, got {wanted!r}: batchnorm doctor --rules lists them")
     return tuple(
         candidate
         for candidate in rules()
-        if (select is None or any(_matches(candidate, wanted) for wanted in select))
-        and not any(_matches(candidate, unwanted) for unwanted in ignore)
+        if (select is None or any(matches(candidate, wanted) for wanted in select))
+        and not any(matches(candidate, unwanted) for unwanted in ignore)
     )
 
 
-def _matches(candidate: Rule, wanted: str) -> bool:
-    return (
-        candidate.code.startswith(wanted.upper())
-        if wanted.upper().startswith("BN") and wanted[2:].isdigit()
-        else any(fnmatch.fnmatchcase(text, wanted) for text in (candidate.code, candidate.name))
-    ) or wanted.upper() == "BN"
+def matches(candidate: Rule | Finding, wanted: str) -> bool:
+    """Whether ``wanted`` (a code or the beginning of one, a name, a pattern) means this rule, or this finding's."""
+    name = candidate.name if isinstance(candidate, Rule) else candidate.rule
+    # BN, BN2, BN201: the beginning of a code.
+    if wanted.upper().startswith("BN") and (wanted[2:].isdigit() or len(wanted) == 2):
+        return candidate.code.startswith(wanted.upper())
+    return any(fnmatch.fnmatchcase(text, wanted) for text in (candidate.code, name))
