@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def read_checkpoint(path: str | PathLike[str], key: str | None = None) -> Checkp
     except OSError as error:
         raise CheckpointError(f"cannot read {str(source)!r}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "WeightsUnpickler" in str(error):
+        if re.search(r"Unsupported (global|class)|GLOBAL", str(error)):  # anything else is no pickle of torch's at all
             raise CheckpointError(
                 f"{str(source)!r} holds more than tensors and plain types, which could run code when it is read: "
                 "save the model's state_dict() by itself"

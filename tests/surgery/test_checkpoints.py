@@ -1,0 +1,132 @@
+"""Files of weights: safe to read, found whatever wraps them, written back in the shape they came in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import batchnorm as bn
+from batchnorm.surgery.checkpoints import Checkpoint, load_into, read_checkpoint, updated, write_checkpoint
+from oracles.model_zoo import randomize_statistics
+
+
+def net():
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+@pytest.fixture
+def state():
+    return randomize_statistics(net(), 1).state_dict()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("place", [None, "state_dict", "model_state_dict", "model"])
+def test_a_state_is_found_under_the_usual_names(state, prefix, place, tmp_path):
+    held = {prefix + key: value for key, value in state.items()}
+    torch.save(held if place is None else {"epoch": 3, place: held}, tmp_path / "net.pt")
+    found, model = read_checkpoint(tmp_path / "net.pt"), net()
+    assert found.place == (() if place is None else (place,))
+    assert load_into(model, found) == prefix
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_safetensors_with_its_metadata(state, tmp_path):
+    save_file(state, tmp_path / "a.safetensors", metadata={"who": "me"})
+    found, model = read_checkpoint(tmp_path / "a.safetensors"), net()
+    load_into(model, found)
+    with torch.no_grad():
+        model[1].running_mean += 1
+    write_checkpoint(updated(found, model, ""), tmp_path / "b.safetensors")
+    again = read_checkpoint(tmp_path / "b.safetensors")
+    assert again.metadata == {"who": "me"}
+    assert torch.equal(again.state["1.running_mean"], state["1.running_mean"] + 1)
+    assert torch.equal(again.state["0.weight"], state["0.weight"])
+
+
+def test_what_else_a_file_holds_stays(state, tmp_path):
+    document = {"state_dict": {"module." + k: v.half() if v.is_floating_point() else v for k, v in state.items()}}
+    document |= {"optimizer": {"lr": 0.1, "moments": torch.ones(2)}, "epoch": 7}
+    torch.save(document, tmp_path / "net.pt")
+    found, model = read_checkpoint(tmp_path / "net.pt"), net()
+    prefix = load_into(model, found)
+    with torch.no_grad():
+        model[1].running_var.fill_(3)
+    write_checkpoint(updated(found, model, prefix), tmp_path / "new.pt")
+    new = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert (new["epoch"], new["optimizer"]["lr"]) == (7, 0.1)
+    assert new["state_dict"]["module.1.running_var"].tolist() == [3] * 4
+    assert new["state_dict"]["module.1.running_var"].dtype == torch.float16
+    # The one that was read is as it was.
+    assert not torch.equal(found.state["module.1.running_var"], new["state_dict"]["module.1.running_var"])
+
+
+def test_the_key_says_where(state, tmp_path):
+    torch.save({"state_dict": {}, "ema": {"shadow": state}}, tmp_path / "net.pt")
+    assert read_checkpoint(tmp_path / "net.pt", "ema.shadow").place == ("ema", "shadow")
+    with pytest.raises(bn.CheckpointError, match=r"has no 'ema.nothing': it has 'state_dict', 'ema'"):
+        read_checkpoint(tmp_path / "net.pt", "ema.nothing")
+    with pytest.raises(bn.CheckpointError, match="has no state of a model at 'state_dict'"):
+        read_checkpoint(tmp_path / "net.pt", "state_dict")
+    with pytest.raises(bn.CheckpointError, match="that can be found: it has 'state_dict', 'ema'"):
+        read_checkpoint(tmp_path / "net.pt")
+
+
+class Runs:
+    """Unpickling it runs code."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("ran"),))
+
+
+def test_code_in_a_file_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Runs()}, "bad.pt")
+    with pytest.raises(bn.CheckpointError, match=r"'bad.pt' holds more than tensors and plain types"):
+        read_checkpoint("bad.pt")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_damaged_and_missing_files(name, tmp_path):
+    (tmp_path / name).write_bytes(b"nonsense" * 20)
+    with pytest.raises(bn.CheckpointError, match="is damaged or no file of weights"):
+        read_checkpoint(tmp_path / name)
+    with pytest.raises(bn.CheckpointError, match=r"cannot read .*absent"):
+        read_checkpoint(tmp_path / f"absent-{name}")
+
+
+def test_a_state_of_another_model_is_refused(state, tmp_path):
+    torch.save(state, tmp_path / "net.pt")
+    found = read_checkpoint(tmp_path / "net.pt")
+    other = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(bn.CheckpointError, match=r"does not belong to this model: missing 2.weight, 2.bias$"):
+        load_into(other, found)
+    with pytest.raises(bn.CheckpointError, match=r"0.weight is \(4, 3\), the model's is \(4, 5\)"):
+        load_into(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), found)
+    with pytest.raises(bn.CheckpointError, match="has no key of this model"):
+        load_into(nn.Sequential(nn.PReLU()), Checkpoint(found.path, {"z": torch.ones(1)}, ()), strict=False)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    load_into(other, found, strict=False)
+    assert torch.equal(other[0].weight, state["0.weight"])
+
+
+def test_an_averaged_model_s_counter_is_none_of_the_model_s_keys(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(net(), use_buffers=True)
+    torch.save(averaged.state_dict(), tmp_path / "swa.pt")
+    assert load_into(net(), read_checkpoint(tmp_path / "swa.pt")) == "module."
+
+
+def test_nothing_half_written(state, tmp_path):
+    checkpoint = Checkpoint(tmp_path / "x", {"state_dict": state, "step": 1}, ("state_dict",))
+    with pytest.raises(bn.CheckpointError, match="holds more than a state"):
+        write_checkpoint(checkpoint, tmp_path / "x.safetensors")
+    with pytest.raises(bn.OutputError, match="cannot write the weights"):
+        write_checkpoint(checkpoint, tmp_path / "no" / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+    save_file(state, tmp_path / "y.safetensors")
+    assert set(load_file(tmp_path / "y.safetensors")) == set(state)
