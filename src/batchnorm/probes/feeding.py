@@ -70,7 +70,8 @@ def undisturbed(model: nn.Module, training: bool | None = None) -> Iterator[nn.M
         training: the mode of all its modules inside the block; None leaves each in its own.
     """
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers() if buffer.device.type != "meta"}
+    held = {module: dict(module._buffers) for module in model.modules()}
+    values = {buffer: buffer.detach().clone() for buffer in model.buffers() if buffer.device.type != "meta"}
     devices = [tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"]
     try:
         with torch.random.fork_rng(devices={device.index or 0 for device in devices}), torch.no_grad():
@@ -80,8 +81,10 @@ def undisturbed(model: nn.Module, training: bool | None = None) -> Iterator[nn.M
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for module, buffers in held.items():  # a forward may put another tensor in a buffer's place
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, before in buffers.items():
+            for buffer, before in values.items():
                 buffer.copy_(before)
 
 

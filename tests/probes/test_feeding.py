@@ -1,0 +1,93 @@
+"""How a model is run on somebody's batches, without a trace."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from batchnorm.probes.feeding import arguments, feed, on_device, size_of, undisturbed
+
+
+class Sum(nn.Module):
+    def forward(self, a, b=0.0):
+        return a + b
+
+
+ONE, TWO = torch.ones(3), torch.full((3,), 2.0)
+Named = namedtuple("Named", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "expected"),
+    [
+        (ONE, ONE),
+        ((ONE, TWO), ONE),  # inputs and targets
+        ([ONE, TWO], ONE),
+        ({"a": ONE, "b": TWO}, ONE + TWO),
+        (({"a": ONE, "b": TWO}, TWO), ONE + TWO),
+        (((ONE, TWO), ONE), ONE + TWO),
+        ([ONE], ONE),
+    ],
+    ids=["tensor", "tuple", "list", "mapping", "mapping-and-targets", "several-inputs", "list-of-one"],
+)
+def test_what_a_batch_means(batch, expected):
+    assert torch.equal(feed(Sum(), batch), expected)
+
+
+def test_a_named_tuple_is_one_argument():
+    assert arguments(Named(ONE, TWO)) == ((Named(ONE, TWO),), {})
+
+
+def test_a_forward_of_one_s_own():
+    assert feed(Sum(), {"image": ONE}, lambda model, batch: model(batch["image"], b=1)).tolist() == [2, 2, 2]
+
+
+def test_sizes_and_devices():
+    assert size_of({"text": "abc", "x": torch.ones(5, 2)}) == 5
+    assert size_of(["abc", torch.tensor(1.0)]) is None
+    moved = on_device({"x": ONE, "n": 3}, torch.device("meta"))
+    assert moved["x"] is ONE
+    assert on_device([ONE], torch.device("cpu"))[0] is ONE
+
+
+class Careless(nn.Module):
+    """Its forward writes to buffers, replaces one, and draws numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("last", torch.zeros(3))
+        self.norm.eval()
+
+    def forward(self, x):
+        self.last = self.norm(x).mean(0) + torch.rand(3)
+        return self.last
+
+
+@pytest.mark.parametrize("training", [True, False, None])
+@pytest.mark.parametrize("fails", [True, False])
+def test_nothing_is_left_behind(training, fails):
+    model, x = Careless(), torch.randn(4, 3)
+    held, values = model.last, {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+
+    def run():
+        with undisturbed(model, training) as same:
+            assert same is model
+            assert model.norm.training is bool(training)
+            assert not model(x).requires_grad
+            if fails:
+                raise KeyboardInterrupt
+
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    else:
+        run()
+    assert model.last is held
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    assert (model.training, model.norm.training) == (True, False)
+    assert torch.equal(torch.get_rng_state(), state)
