@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import batchnorm as bn
-from batchnorm.probes.wiring import OUTSIDE, function_name, trace
+from batchnorm.probes.wiring import OUTSIDE, Made, function_name, trace
 from oracles.model_zoo import ARCHITECTURES, image, timm_model
 
 
@@ -98,6 +100,76 @@ def test_parameters_that_a_function_reads_have_their_names():
 
     (last,) = (s for s in trace(Tied(), torch.randn(2, 3)).steps if s.module is None and s.label == "linear")
     assert last.reads == ("fc.weight",)
+
+
+def test_reading_a_shape_is_no_reading_of_values():
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return self.norm(y.flatten(0, 1)).reshape_as(y) + torch.zeros_like(y)
+
+    wiring = trace(Shaped(), torch.randn(4, 2, 3))
+    (fc,) = (s for s in wiring.steps if s.name == "fc")
+    assert wiring.sole_user(fc).label == "flatten"
+
+
+def test_reading_values_into_python_is_a_use():
+    class Peeking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return self.norm(y) if y.tolist()[0][0] < 1e9 else y
+
+    wiring = trace(Peeking(), torch.randn(4, 3))
+    (fc,) = (s for s in wiring.steps if s.name == "fc")
+    assert [user.label for user in wiring.users(fc)] == ["tolist", "norm"]
+
+
+def test_outputs_in_a_dataclass_are_outputs():
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        hidden: list
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            y = self.fc(x)
+            return Output(self.norm(y), [y])
+
+    wiring = trace(Model(), torch.randn(4, 3))
+    assert {wiring.steps[index].label for index in wiring.outputs} == {"fc", "norm"}
+
+
+def test_what_passes_its_input_on_is_known_and_so_are_arguments():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.fc = nn.Dropout(0.5), nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = functional.dropout(self.drop(self.fc(x)), 0.5, self.training)
+            return y.transpose(0, 1)
+
+    wiring = trace(Model().train(), torch.randn(4, 3))
+    assert [(s.label, s.passes) for s in wiring.steps] == [
+        ("fc", False),
+        ("drop", True),
+        ("dropout", True),
+        ("transpose", False),
+    ]
+    assert wiring.steps[-1].arguments == ((Made(2), 0, 1), {})
+    assert wiring.steps[0].arguments == ((Made(OUTSIDE),), {})
 
 
 def test_nothing_is_left_behind():

@@ -12,9 +12,9 @@ from batchnorm.nn.recognition import unwrapped
 from batchnorm.probes.feeding import ForwardFn
 from batchnorm.probes.wiring.read import Reader
 from batchnorm.probes.wiring.recorded import Recorder
-from batchnorm.probes.wiring.steps import OUTSIDE, Step, Wiring, function_name, is_atomic
+from batchnorm.probes.wiring.steps import OUTSIDE, Made, Step, Wiring, function_name, is_atomic, tensors
 
-__all__ = ["OUTSIDE", "Step", "Wiring", "function_name", "is_atomic", "trace"]
+__all__ = ["OUTSIDE", "Made", "Step", "Wiring", "function_name", "is_atomic", "tensors", "trace"]
 
 
 def trace(model: nn.Module, example: Any = None, forward_fn: ForwardFn | None = None) -> Wiring:

@@ -8,9 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from batchnorm.probes.feeding import ForwardFn, device_of, feed, on_device, undisturbed
-from batchnorm.probes.wiring.steps import OUTSIDE, Step, Wiring, fill_users, is_atomic, tensors
+from batchnorm.probes.wiring.steps import OUTSIDE, Made, Step, Wiring, fill_users, function_name, is_atomic, tensors
+
+# Of these tensors they read no more than the shape: who calls them is no user of the values.
+_LIKE_FIRST = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"}
+)
+_LIKE_FIRST |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "new_empty_strided"}
+_LIKE_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+# They give no tensor, but read values, by which Python can decide.
+_READERS = frozenset({"item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "__contains__", "__array__"})
+_READERS |= {"__bool__", "__float__", "__int__", "__index__", "__complex__", "__dlpack__"}
 
 
 class Recorder(TorchFunctionMode):
@@ -44,13 +55,15 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.inside:
             return function(*args, **kwargs)
-        step, given = self._begin((args, kwargs))
+        name = function_name(function)
+        step, given = self._begin((args, kwargs), _values_read(name, args, kwargs))
         step.function = function
         versions = [tensor._version for tensor in given]
         result = function(*args, **kwargs)
         made, overwritten = list(tensors(result)), _overwritten(given, versions)
-        if made or overwritten:
+        if made or overwritten or name in _READERS:
             step.reads = tuple(self.own[id(t)] for t in given if id(t) in self.own)
+            step.passes = _passes(given, made, overwritten)
             self._end(step, made, overwritten)
         return result
 
@@ -69,7 +82,10 @@ class Recorder(TorchFunctionMode):
             self.inside -= 1
             if not self.inside:
                 step, given, versions = open_steps.pop()
-                self._end(step, list(tensors(result)), _overwritten(given, versions))
+                made, overwritten = list(tensors(result)), _overwritten(given, versions)
+                step.reads = tuple(self.own[id(t)] for t in given if id(t) in self.own)
+                step.passes = _passes(given, made, overwritten)
+                self._end(step, made, overwritten)
 
         handles = [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -81,12 +97,14 @@ class Recorder(TorchFunctionMode):
             for handle in handles:
                 handle.remove()
 
-    def _begin(self, arguments: Any) -> tuple[Step, list[Tensor]]:
+    def _begin(self, arguments: Any, read: Any = None) -> tuple[Step, list[Tensor]]:
         given = list(tensors(arguments))
         self.kept += given
-        inputs = [self.made.get(id(tensor), OUTSIDE) for tensor in given if id(tensor) not in self.own]
+        values = given if read is None else tensors(read)
+        inputs = [self.made.get(id(tensor), OUTSIDE) for tensor in values if id(tensor) not in self.own]
         shape = tuple(given[0].shape) if given else None
-        return Step(-1, inputs=inputs, input_shape=shape), given
+        known = pytree.tree_map_only(Tensor, lambda tensor: Made(self.made.get(id(tensor), OUTSIDE)), arguments)
+        return Step(-1, inputs=inputs, input_shape=shape, arguments=known), given
 
     def _end(self, step: Step, made: list[Tensor], overwritten: list[Tensor]) -> None:
         step.index = len(self.steps)
@@ -107,6 +125,17 @@ class Recorder(TorchFunctionMode):
             if id(tensor) not in self.made:
                 self.by_storage.setdefault(_storage(tensor), []).append(id(tensor))
             self.made[id(tensor)] = step.index
+
+
+def _values_read(name: str, args: Any, kwargs: Any) -> Any:
+    """Those of the arguments whose values a function reads."""
+    if name in _LIKE_FIRST:
+        return args[1:]
+    return args[:1] if name in _LIKE_SECOND else (args, kwargs)
+
+
+def _passes(given: list[Tensor], made: list[Tensor], overwritten: list[Tensor]) -> bool:
+    return bool(given) and len(made) == 1 and made[0] is given[0] and not overwritten
 
 
 def _overwritten(given: list[Tensor], versions: list[int]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,6 +13,13 @@ from batchnorm.nn.recognition import is_batch_norm, is_frozen
 
 OUTSIDE = -1
 """Stands for what no step made: the model's input, a constant, or, in a part that could not be traced, anything."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """Stands in :attr:`Step.arguments` for the output of step ``index``; :data:`OUTSIDE` for another tensor."""
+
+    index: int
 
 
 @dataclass
@@ -27,10 +34,12 @@ class Step:
         inputs: the steps whose outputs it reads, in the order of the arguments, repeated where one is read twice;
             :data:`OUTSIDE` for what no step made.
         users: the steps that read its output, ascending.
-        reads: paths of parameters and buffers that a function reads by itself.
+        reads: paths of parameters and buffers that a function reads by itself, or that a module is called with.
         output_shape: of its (first) output tensor; None where it is not known.
         input_shape: of its first input tensor.
         in_place: whether it overwrites its input, or another step's output through a view.
+        passes: whether it gave its first input back as it came: an Identity, a Dropout in eval. Only known of a run.
+        arguments: what it was called with, positional and named, with :class:`Made` for tensors; None where not known.
     """
 
     index: int
@@ -43,6 +52,8 @@ class Step:
     output_shape: tuple[int, ...] | None = None
     input_shape: tuple[int, ...] | None = None
     in_place: bool = False
+    passes: bool = False
+    arguments: Any = None
 
     @property
     def label(self) -> str:
@@ -125,7 +136,10 @@ def fill_users(steps: list[Step]) -> None:
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested arguments or results."""
+    """The tensors in nested arguments or results, dataclasses among them."""
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor):
             yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for each in fields(leaf):
+                yield from tensors(getattr(leaf, each.name, None))
