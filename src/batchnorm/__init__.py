@@ -34,7 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose
-    from batchnorm.surgery import changes
+    from batchnorm.surgery import changes, recalibrate
 
 __version__ = "0.1.0"
 
@@ -59,6 +59,7 @@ __all__ = [
     "ops",
     "preprocessing",
     "probes",
+    "recalibrate",
     "report",
     "study",
     "surgery",
@@ -68,6 +69,7 @@ _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report",
 _FUNCTIONS = {
     "changes": "surgery",
     "diagnose": "probes",
+    "recalibrate": "surgery",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self, overload
 
@@ -28,18 +28,21 @@ def bessel_factor(count: float | Tensor, ddof: float = 1) -> float | Tensor:
     return count / (count - ddof) if count > ddof else float("nan")
 
 
-def pooled(count: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def pooled(
+    count: Tensor, mean: Tensor, m2: Tensor, products: Callable[[Tensor], Tensor] = torch.square
+) -> tuple[Tensor, Tensor, Tensor]:
     """Count, mean and m2 of K sets together, from theirs, stacked in the first dimension: Chan's formulas for K at once
 
         n = sum n_k,    mean = sum n_k mean_k / n,    m2 = sum m2_k + n_k (mean_k - mean)^2
 
     The deviations are from the common mean, so that an error of it counts squared only. For means in one part;
-    :meth:`Moments.merge` keeps two. Differentiable. Where nothing was counted all are 0.
+    :meth:`Moments.merge` keeps two. Differentiable. Where nothing was counted all are 0. ``products`` is for sums of
+    products between channels in the place of m2: what of (K, C) deviations is summed, as long as m2.
     """
     total = count.sum(0)
     share = count / torch.where(total > 0, total, 1)
     common = (share * mean).sum(0)
-    return total, common, (m2 + count * (mean - common).square()).sum(0)
+    return total, common, (m2 + count * products(mean - common)).sum(0)
 
 
 class Mergeable:

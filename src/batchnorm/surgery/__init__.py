@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from batchnorm.surgery.averaging import averaged_model
 from batchnorm.surgery.changes import Change, Changes, changes
+from batchnorm.surgery.recalibrate import recalibrate
 
-__all__ = ["Change", "Changes", "changes"]
+__all__ = ["Change", "Changes", "averaged_model", "changes", "recalibrate"]

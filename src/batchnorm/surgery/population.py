@@ -1,0 +1,304 @@
+"""The statistics of what goes into batch norms, over any number of batches: count, mean and sums of products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm._errors import SurgeryError
+from batchnorm.moments import bessel_factor, pooled
+from batchnorm.nn.batch_norm import _BatchNormLayer
+from batchnorm.nn.complex_batch_norm import _ComplexBatchNormLayer
+from batchnorm.nn.recognition import Layer
+from batchnorm.nn.whitening import _WhiteningLayer
+from batchnorm.ops import complex_whitening, jagged, whitening
+from batchnorm.ops.arguments import positions
+from batchnorm.ops.averages import in_backward
+
+# Calls of a layer that are pooled at once: pooling takes a dozen small operations, a call none.
+_TOGETHER = 16
+
+
+class Statistics(NamedTuple):
+    """What is known of a layer's input, each flat and float64.
+
+    Attributes:
+        number: values a channel, (1,).
+        mean: (M,): a number a channel, two for complex ones.
+        products: sums of products of deviations from the mean, (P,), in the order of the layer's second buffer.
+    """
+
+    number: Tensor
+    mean: Tensor
+    products: Tensor
+
+
+class Form:
+    """Which second moments a layer keeps: here the variance of each channel, in ``running_var``."""
+
+    buffer = "running_var"
+
+    def __init__(self, layer: Layer) -> None:
+        found = layer.module._buffers.get(self.buffer)
+        if not isinstance(found, Tensor):
+            raise SurgeryError(
+                f"{layer.name!r}: expected a batch norm with a {self.buffer}, got {type(layer.module).__name__} with "
+                f"{', '.join(layer.module._buffers) or 'no buffers'}: leave it out by layers="
+            )
+        self.shape = found.shape
+
+    def of_batch(self, x: Tensor, mask: Tensor | None) -> Statistics:
+        """Of one call."""
+        number, mean, m2 = torch.ops.batchnorm.stats(x, mask)
+        return Statistics(number.reshape(1), mean, m2)
+
+    def products(self, deviation: Tensor) -> Tensor:
+        """(K, P) of (K, M)."""
+        return deviation.square()
+
+    def squares(self, products: Tensor) -> Tensor:
+        """Those of each channel with itself, (M,) of (P,)."""
+        return products
+
+
+class _ComplexForm(Form):
+    buffer = "running_covar"
+
+    def of_batch(self, x: Tensor, mask: Tensor | None) -> Statistics:
+        number, mean, covariance = complex_whitening.stats(x, mask)
+        return Statistics(number.reshape(1), mean.flatten(), (covariance * number).flatten())
+
+    def products(self, deviation: Tensor) -> Tensor:
+        real, imaginary = deviation.unflatten(1, (-1, 2)).unbind(-1)
+        return torch.stack([real.square(), imaginary.square(), real * imaginary], -1).flatten(1)
+
+    def squares(self, products: Tensor) -> Tensor:
+        return products.unflatten(0, (-1, 3))[:, :2].flatten()
+
+
+class _WhiteningForm(Form):
+    buffer = "running_cov"
+
+    def of_batch(self, x: Tensor, mask: Tensor | None) -> Statistics:
+        batch = whitening.statistics(x, self.shape[-1], mask)
+        wide = batch.mean.dtype
+        products = batch.cov.to(wide) * batch.number
+        return Statistics(batch.number.reshape(1).to(wide), batch.mean, products.flatten())
+
+    def products(self, deviation: Tensor) -> Tensor:
+        grouped = deviation.unflatten(1, (-1, self.shape[-1]))
+        return (grouped.unsqueeze(-1) * grouped.unsqueeze(-2)).flatten(1)
+
+    def squares(self, products: Tensor) -> Tensor:
+        return products.view(self.shape).diagonal(dim1=-2, dim2=-1).flatten()
+
+
+def _form(layer: Layer) -> Form:
+    if isinstance(layer.module, _ComplexBatchNormLayer):
+        return _ComplexForm(layer)
+    return (_WhiteningForm if isinstance(layer.module, _WhiteningLayer) else Form)(layer)
+
+
+@dataclass(eq=False)
+class Collected:
+    """What one layer was given.
+
+    Attributes:
+        calls: how often it was called with any value.
+        total: of all calls; None before the first.
+        within: the sums of products of deviations from the means of their own calls.
+    """
+
+    layer: Layer
+    calls: int = 0
+    total: Statistics | None = None
+    within: Tensor | None = None
+    waiting: list[tuple[int, Statistics]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Learn what the layer keeps."""
+        self.form = _form(self.layer)
+        mean = self.layer.module._buffers["running_mean"]
+        assert mean is not None
+        self.mean_shape = mean.shape
+
+    def add(self, call: int, found: Statistics) -> None:
+        self.waiting.append((call, found))
+
+    def pool(self) -> int | None:
+        """Take in what waits. The number of the first call that has NaN or infinity, or None."""
+        if not self.waiting:
+            return None
+        numbers, means, products = (torch.stack(parts) for parts in zip(*(f for _, f in self.waiting), strict=True))
+        sound = (torch.isfinite(means).all(1) & torch.isfinite(products).all(1)).tolist()
+        if not all(sound):
+            return self.waiting[sound.index(False)][0]
+        self.calls += int((numbers > 0).sum())
+        inner = products.sum(0)
+        self.within = inner if self.within is None else self.within + inner
+        sets = [Statistics(numbers, means, products)]
+        if self.total is not None:
+            sets.append(Statistics(*(each.unsqueeze(0) for each in self.total)))
+        self.total = pool(sets, self.form)
+        self.waiting.clear()
+        return None
+
+    def noise(self) -> float:
+        """The largest standard error of a channel's mean, from the spread of the calls' means; in deviations."""
+        if self.total is None or self.within is None or self.calls < 2:
+            return float("inf")
+        number, _, products = self.total
+        between = self.form.squares(products - self.within).clamp(min=0)
+        error = (between / ((self.calls - 1) * number)).sqrt()
+        return float((error / self.deviations(products / number)).max())
+
+    def deviations(self, moments: Tensor) -> Tensor:
+        """What the layer divides by, sqrt(var + eps), for flat second moments."""
+        eps: float = getattr(self.layer.module, "eps", 0.0)
+        return (self.form.squares(moments).clamp(min=0) + eps).sqrt()
+
+
+def pool(sets: Iterable[Statistics], form: Form) -> Statistics:
+    """All together; each field of ``sets`` has a leading K."""
+    number, mean, products = (torch.cat(parts) for parts in zip(*sets, strict=True))
+    return Statistics(*pooled(number, mean, products, form.products))
+
+
+class Population:
+    """Collects the statistics of layers while their model runs, in eval mode.
+
+    Each call of such a layer normalizes with its own batch's statistics, as in training: they are in the layer's
+    buffers when it runs, where eval looks. So they are computed once, no layer talks to other processes or moves an
+    average, and whoever holds :func:`batchnorm.probes.feeding.undisturbed` has the buffers back.
+    """
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        self.collected = {layer.module: Collected(layer) for layer in layers}
+        self.order: list[nn.Module] = []
+        self.calls: list[int] = []  # the batch of each call
+        self.batches = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The hooks, which come after those that the layers have."""
+        handles = [module.register_forward_pre_hook(self._take, with_kwargs=True) for module in self.collected]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pool(self) -> None:
+        """Take in all that waits. Raises SurgeryError where a layer was given NaN or infinity."""
+        found = [(call, module) for module, each in self.collected.items() if (call := each.pool()) is not None]
+        if found:
+            call, module = min(found, key=lambda pair: pair[0])
+            raise SurgeryError(
+                f"{self.collected[module].layer.name!r}: expected finite values, got NaN or infinity in batch "
+                f"{self.calls[call]} (from 0): nothing was recalibrated"
+            )
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if in_backward():
+            return  # a recomputation of what was taken before
+        collected = self.collected[module]
+        found = self._statistics(collected, args, kwargs)
+        call = len(self.calls)
+        self.calls.append(self.batches)
+        collected.add(call, found)
+        # A layer whose turn comes before another's has always as many calls waiting: the first to be full is the first.
+        if len(collected.waiting) >= _TOGETHER:
+            self.pool()
+        self._use(collected, self._enough(collected, found))
+
+    def _statistics(self, collected: Collected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Statistics:
+        module, name = collected.layer.module, collected.layer.name
+        x = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+        if not isinstance(x, Tensor):
+            raise SurgeryError(f"{name!r}: expected a tensor to be normalized, got {type(x).__name__}")
+        mask: Tensor | None = None
+        if isinstance(module, _BatchNormLayer):
+            if x.is_nested:
+                packed = jagged.Packed(x, by_row=False)
+                x, mask = packed.x, packed.mask
+            else:
+                mask = positions(x, kwargs.get("mask"), kwargs.get("lengths"))
+        if x.dim() < 2 or x.size(1) != collected.mean_shape[0]:
+            raise SurgeryError(
+                f"{name!r}: expected an input of shape (N, {collected.mean_shape[0]}, *), got {list(x.shape)}: leave "
+                "it out by layers="
+            )
+        with torch.no_grad():
+            return collected.form.of_batch(x.detach(), mask)
+
+    def _enough(self, collected: Collected, found: Statistics) -> Statistics:
+        """What to normalize this call with: its own statistics, or all so far where it is a single value a channel."""
+        if found.number.device.type != "cpu" or float(found.number) != 1:
+            return found
+        self.pool()
+        total = collected.total
+        assert total is not None
+        if float(total.number) < 2:
+            raise SurgeryError(
+                f"{collected.layer.name!r}: expected more than one value a channel in the first batch, got 1: put a "
+                "larger batch first"
+            )
+        return total
+
+    def _use(self, collected: Collected, statistics: Statistics) -> None:
+        number, mean, products = statistics
+        buffers = collected.layer.module._buffers
+        first, second = buffers["running_mean"], buffers[collected.form.buffer]
+        assert first is not None
+        assert second is not None
+        with torch.no_grad():
+            first.copy_(mean.view(collected.mean_shape))
+            second.copy_((products / number.clamp(min=1)).view(collected.form.shape))
+
+
+def buffers_of(collected: Collected) -> dict[Tensor, Tensor]:
+    """The values that the layer's buffers are to have: mean, second moment with the layer's ``ddof``, calls.
+
+    Raises SurgeryError where there is no variance, or where it does not fit the buffer's dtype.
+    """
+    module, name = collected.layer.module, collected.layer.name
+    assert collected.total is not None
+    number, mean, products = collected.total
+    ddof = getattr(module, "ddof", 1)  # torch's running variance is unbiased
+    if float(number) < 2:
+        raise SurgeryError(f"{name!r}: expected more than one value a channel in all batches, got {float(number):g}")
+    moments = products / number * bessel_factor(number, ddof)
+    first, second = module._buffers["running_mean"], module._buffers[collected.form.buffer]
+    assert first is not None
+    assert second is not None
+    values = {
+        first: mean.view(collected.mean_shape).to(first.dtype),
+        second: moments.view(collected.form.shape).to(second.dtype),
+    }
+    for buffer, value in values.items():
+        if not bool(torch.isfinite(value).all()):
+            raise SurgeryError(
+                f"{name!r}: expected statistics within the range of {buffer.dtype}, got up to "
+                f"{float(max(mean.abs().max(), moments.abs().max())):.3g}: keep its buffers in float32"
+            )
+    counter = module._buffers.get("num_batches_tracked")
+    if isinstance(counter, Tensor):
+        values[counter] = torch.tensor(collected.calls, dtype=counter.dtype)
+    return values
+
+
+def movement(collected: Collected, mean: Tensor, moments: Tensor) -> tuple[float, float]:
+    """How far from (``mean``, ``moments``), flat, the statistics are: the largest of all channels.
+
+    Of the mean in deviations; of the deviation as |log| of the ratio. A deviation is what the layer divides by.
+    """
+    assert collected.total is not None
+    number, now, products = collected.total
+    deviation = collected.deviations(products / number)
+    shift = ((now - mean.to(now)).abs() / deviation).max()
+    return float(shift), float((deviation / collected.deviations(moments.to(now))).log().abs().max())
