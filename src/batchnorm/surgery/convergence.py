@@ -32,7 +32,7 @@ class Convergence:
         population.pool()
         moved, noise, now = 0.0, 0.0, {}
         for each in population.collected.values():
-            if each.total is None:
+            if each.total is None or not each.reached:
                 continue
             name = each.layer.name
             number, mean, products = each.total

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, distributed
 
 from batchnorm._errors import InputError, SynchronizationError
-from batchnorm.surgery.population import Collected, Population, Statistics, pool
+from batchnorm.surgery.forms import Statistics, pool
+from batchnorm.surgery.population import Collected, Population
 
 T = TypeVar("T")
 
@@ -89,10 +89,5 @@ def _gathered(value: Any, group: Any) -> list[Any]:
 
 
 def _short(account: _Account) -> str:
-    return ", ".join(f"{name} ({width})" for name, width, _ in _first(account.layers, 3)) + (
-        f" and {len(account.layers) - 3} more" if len(account.layers) > 3 else ""
-    )
-
-
-def _first(values: Iterable[Any], number: int) -> list[Any]:
-    return list(values)[:number]
+    more = f" and {len(account.layers) - 3} more" if len(account.layers) > 3 else ""
+    return ", ".join(f"{name} ({width})" for name, width, _ in account.layers[:3]) + more

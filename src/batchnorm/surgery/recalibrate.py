@@ -105,7 +105,7 @@ def recalibrate(
     run = _Run(model, batches, forward_fn, num_batches, until, progress, process_group)
     with unchanged_on_error(model):
         collected = run.once(kept) if method == "batch" else run.in_turn(kept)
-        done = [each for each in collected if each.total is not None]
+        done = [each for each in collected if each.reached]
         values: dict[Tensor, Tensor] = {}
         for each in done:
             values.update(buffers_of(each))
@@ -114,7 +114,7 @@ def recalibrate(
         with torch.no_grad():
             for buffer, value in values.items():
                 buffer.copy_(value)
-    missed = [each.layer.name for each in collected if each.total is None]
+    missed = [each.layer.name for each in collected if not each.reached]
     if missed:
         warnings.warn(
             f"no batch reached {', '.join(map(repr, missed[:5]))}{' and others' if len(missed) > 5 else ''}: running "
@@ -205,9 +205,9 @@ class _Run:
             group = [by_name[name] for name in names]
             for each in self.once(group + unseen if number == 0 else group, given):
                 found[each.layer.name] = each
-                if each.layer.name in known and each.total is not None:
+                if each.layer.name in known and each.reached:
                     given.update(buffers_of(each))
-        late = [layer for layer in unseen if found[layer.name].total is not None]
+        late = [layer for layer in unseen if found[layer.name].reached]
         if late:
             self.passes += 1
             found.update({each.layer.name: each for each in self.once(late, given)})
@@ -222,7 +222,7 @@ class _Run:
         mine: list[list[str]] | None = None
         error: Exception | None = None
         try:
-            with _eagerly():
+            with undisturbed(self.model), _eagerly():
                 for example in islice(iter(self.batches), 1):
                     mine = groups(self.inner, example, self.forward_fn, layers)
         except Exception as caught:
@@ -275,7 +275,7 @@ def _eagerly() -> AbstractContextManager[Any]:
 
 
 def _told(each: Collected) -> Change:
-    if each.total is None:
+    if each.total is None or not each.reached:
         return Change(each.layer.name, "left as it was: no batch reached it")
     buffers = each.layer.module._buffers
     mean, second = buffers["running_mean"], buffers[each.form.buffer]

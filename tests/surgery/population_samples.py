@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from oracles.model_zoo import randomize_statistics
 from torch import Tensor, nn
+
+from oracles.model_zoo import randomize_statistics
 
 
 def convolutional(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -49,8 +51,6 @@ def inputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[Tensor]]:
 
 def in_training(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """What batch norms are given when they normalize with their batches and everything else is in eval mode."""
-    import copy
-
     twin = copy.deepcopy(model).eval()
     for norm in norms(twin).values():
         norm.train()
