@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import warnings
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from benchmarks.harness import interleave, options, save, show
 def perceptron() -> nn.Sequential:
     """The paper's: 3 x 100 sigmoid units."""
     widths = (64, 100, 100, 100)
-    hidden = [[nn.Linear(i, o), nn.BatchNorm1d(o), nn.Sigmoid()] for i, o in zip(widths, widths[1:], strict=False)]
+    hidden = [[nn.Linear(i, o), nn.BatchNorm1d(o), nn.Sigmoid()] for i, o in itertools.pairwise(widths)]
     return nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(100, 10))
 
 
@@ -117,13 +118,13 @@ def main() -> None:
         truth = right(model, data)
         models = {peer: copy.deepcopy(model) for peer in PEERS}
         times = interleave(
-            {peer: (lambda peer=peer: PEERS[peer](models[peer], data)) for peer in PEERS},
+            {peer: functools.partial(PEERS[peer], models[peer], data) for peer in PEERS},
             rounds=5 if options.quick else 21,
             least=0.05,
         )
         sequential = bn.recalibrate(copy.deepcopy(model), data, method="sequential")
         passes = interleave(
-            {"sequential": lambda m=sequential: bn.recalibrate(m, data, method="sequential")},  # noqa: B023
+            {"sequential": functools.partial(bn.recalibrate, sequential, data, method="sequential")},
             rounds=3 if options.quick else 7,
             least=0.05,
         )
@@ -154,5 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("default")
     main()

@@ -21,7 +21,11 @@ def feed(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> A
     the first item: itself a tensor, a mapping or a tuple, and then ``model(*inputs)``. ``forward_fn(model, batch)``
     takes the place of all this.
     """
-    batch = on_device(batch, device_of(model))
+    return call(model, on_device(batch, device_of(model)), forward_fn)
+
+
+def call(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:
+    """:func:`feed` for a batch that is where the model is; a loop need not ask for the device each time."""
     if forward_fn is not None:
         return forward_fn(model, batch)
     positional, named = arguments(batch)

@@ -28,6 +28,7 @@ class Collected:
     """What one layer was given.
 
     Attributes:
+        first, second: the layer's buffers: running mean, and variance or covariance.
         calls: how often it was called with any value.
         total: of all calls; None before the first.
         within: the sums of products of deviations from the means of their own calls.
@@ -42,17 +43,22 @@ class Collected:
     def __post_init__(self) -> None:
         """Learn what the layer keeps."""
         self.form = form_of(self.layer)
-        mean = self.layer.module._buffers["running_mean"]
-        assert mean is not None
-        self.mean_shape = mean.shape
+        buffers = self.layer.module._buffers
+        first, second = buffers["running_mean"], buffers[self.form.buffer]
+        assert first is not None
+        assert second is not None
+        self.first, self.second = first, second
 
     @property
     def reached(self) -> bool:
         """Whether there was any value."""
         return self.calls > 0
 
-    def add(self, call: int, found: Statistics) -> None:
-        self.waiting.append((call, found))
+    def use(self, statistics: Statistics) -> None:
+        """Have the layer normalize with these, in eval mode."""
+        number, mean, products = statistics
+        self.first.copy_(mean.view(self.first.shape))
+        self.second.copy_((products / number.clamp(min=1)).view(self.second.shape))
 
     def pool(self) -> int | None:
         """Take in what waits. The number of the first call that has NaN or infinity, or None."""
@@ -97,7 +103,6 @@ class Population:
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self.collected = {layer.module: Collected(layer) for layer in layers}
-        self.order: list[nn.Module] = []
         self.calls: list[int] = []  # the batch of each call
         self.batches = 0
 
@@ -125,14 +130,14 @@ class Population:
         if in_backward():
             return  # a recomputation of what was taken before
         collected = self.collected[module]
-        found = self._statistics(collected, args, kwargs)
-        call = len(self.calls)
-        self.calls.append(self.batches)
-        collected.add(call, found)
-        # A layer whose turn comes before another's has always as many calls waiting: the first to be full is the first.
-        if len(collected.waiting) >= _TOGETHER:
-            self.pool()
-        self._use(collected, self._enough(collected, found))
+        with torch.no_grad():
+            found = self._statistics(collected, args, kwargs)
+            collected.waiting.append((len(self.calls), found))
+            self.calls.append(self.batches)
+            # A layer whose turn comes before another's has as many calls waiting: the first to be full is the first.
+            if len(collected.waiting) >= _TOGETHER:
+                self.pool()
+            collected.use(self._enough(collected, found))
 
     def _statistics(self, collected: Collected, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Statistics:
         module, name = collected.layer.module, collected.layer.name
@@ -146,13 +151,12 @@ class Population:
                 x, mask = packed.x, packed.mask
             else:
                 mask = positions(x, kwargs.get("mask"), kwargs.get("lengths"))
-        if x.dim() < 2 or x.size(1) != collected.mean_shape[0]:
+        if x.dim() < 2 or x.size(1) != len(collected.first):
             raise SurgeryError(
-                f"{name!r}: expected an input of shape (N, {collected.mean_shape[0]}, *), got {list(x.shape)}: leave "
+                f"{name!r}: expected an input of shape (N, {len(collected.first)}, *), got {list(x.shape)}: leave "
                 "it out by layers="
             )
-        with torch.no_grad():
-            return collected.form.of_batch(x.detach(), mask)
+        return collected.form.of_batch(x.detach(), mask)
 
     def _enough(self, collected: Collected, found: Statistics) -> Statistics:
         """What to normalize this call with: its own statistics, or all so far where it is a single value a channel."""
@@ -168,16 +172,6 @@ class Population:
             )
         return total
 
-    def _use(self, collected: Collected, statistics: Statistics) -> None:
-        number, mean, products = statistics
-        buffers = collected.layer.module._buffers
-        first, second = buffers["running_mean"], buffers[collected.form.buffer]
-        assert first is not None
-        assert second is not None
-        with torch.no_grad():
-            first.copy_(mean.view(collected.mean_shape))
-            second.copy_((products / number.clamp(min=1)).view(collected.form.shape))
-
 
 def buffers_of(collected: Collected) -> dict[Tensor, Tensor]:
     """The values that the layer's buffers are to have: mean, second moment with the layer's ``ddof``, calls.
@@ -191,12 +185,10 @@ def buffers_of(collected: Collected) -> dict[Tensor, Tensor]:
     if float(number) < 2:
         raise SurgeryError(f"{name!r}: expected more than one value a channel in all batches, got {float(number):g}")
     moments = products / number * bessel_factor(number, ddof)
-    first, second = module._buffers["running_mean"], module._buffers[collected.form.buffer]
-    assert first is not None
-    assert second is not None
+    first, second = collected.first, collected.second
     values = {
-        first: mean.view(collected.mean_shape).to(first.dtype),
-        second: moments.view(collected.form.shape).to(second.dtype),
+        first: mean.view(first.shape).to(first.dtype),
+        second: moments.view(second.shape).to(second.dtype),
     }
     for buffer, value in values.items():
         if not bool(torch.isfinite(value).all()):
@@ -211,7 +203,7 @@ def buffers_of(collected: Collected) -> dict[Tensor, Tensor]:
 
 
 def movement(collected: Collected, mean: Tensor, moments: Tensor) -> tuple[float, float]:
-    """How far from (``mean``, ``moments``), flat, the statistics are: the largest of all channels.
+    """How far from ``mean`` and ``moments``, flat, the statistics are: the largest of all channels.
 
     Of the mean in deviations; of the deviation as |log| of the ratio. A deviation is what the layer divides by.
     """

@@ -46,7 +46,7 @@ def pool_over_ranks(population: Population, error: Exception | None, group: Any)
     SynchronizationError that tells of it on the other ranks; the same where they have different layers.
     """
     mine = list(population.collected.values())
-    described = tuple((each.layer.name, each.mean_shape.numel(), each.form.shape.numel()) for each in mine)
+    described = tuple((each.layer.name, each.first.numel(), each.second.numel()) for each in mine)
     text = None if error is None else f"{type(error).__name__}: {' '.join(str(error).split())}"
     found = () if error is not None else tuple(_travelling(each) for each in mine)
     accounts = _gathered(_Account(text, described, population.batches, found), group)

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.recognition import Layer, unwrapped
-from batchnorm.probes.feeding import ForwardFn, feed, undisturbed
+from batchnorm.probes.feeding import ForwardFn, call, device_of, on_device, undisturbed
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.convergence import Convergence
 from batchnorm.surgery.population import Collected, Population, buffers_of, movement
@@ -242,8 +242,9 @@ class _Run:
         with undisturbed(self.model, training=False), _eagerly(), population.watching():
             for buffer, value in given.items():
                 buffer.copy_(value)
+            device = device_of(self.inner)
             for batch in islice(iter(self.batches), self.num_batches):
-                feed(self.inner, batch, self.forward_fn)
+                call(self.inner, on_device(batch, device), self.forward_fn)
                 population.batches += 1
                 self.done += 1
                 if self.progress is not None:
@@ -277,11 +278,7 @@ def _eagerly() -> AbstractContextManager[Any]:
 def _told(each: Collected) -> Change:
     if each.total is None or not each.reached:
         return Change(each.layer.name, "left as it was: no batch reached it")
-    buffers = each.layer.module._buffers
-    mean, second = buffers["running_mean"], buffers[each.form.buffer]
-    assert mean is not None
-    assert second is not None
-    shift, ratio = movement(each, mean.flatten(), second.flatten())
+    shift, ratio = movement(each, each.first.flatten(), each.second.flatten())
     calls = "1 call" if each.calls == 1 else f"{each.calls} calls"
     moved = f"means moved by up to {shift:.2g} deviations, deviations by a factor of up to {math.exp(ratio):.3g}"
     if not math.isfinite(shift + ratio):
