@@ -21,6 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("domain-adaptation.md", 5),
         ("front.md", 8),
         ("sources.md", 4),
+        ("recalibration.md", 5),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):

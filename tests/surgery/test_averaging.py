@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 
 import pytest
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import batchnorm as bn
 from batchnorm.surgery import averaged_model
+from surgery.digits import accuracy, digits, network
 from surgery.population_samples import norms
 
 
@@ -73,27 +71,11 @@ def test_bad_arguments():
 
 
 @functools.cache
-def digits():
-    x, y = load_digits(return_X_y=True)
-    x, test_x, y, test_y = train_test_split(x / 16, y, train_size=1000, stratify=y, random_state=0)
-    tensors = [torch.tensor(a, dtype=torch.float32) for a in (x, test_x)] + [torch.tensor(a) for a in (y, test_y)]
-    return tensors[0], tensors[2], tensors[1], tensors[3]
-
-
-def accuracy(model):
-    _, _, x, y = digits()
-    with torch.no_grad():
-        return (model.eval()(x).argmax(1) == y).float().mean().item()
-
-
-@functools.cache
 def averaged_on_digits(decay, first, every):
     """The averages after 6 epochs, 102 steps, of 3 x 100 ReLU units at learning rate 1, by policy."""
     x, y, _, _ = digits()
     torch.manual_seed(0)
-    widths = (64, 100, 100, 100)
-    hidden = [layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.BatchNorm1d(o), nn.ReLU())]
-    net = nn.Sequential(*hidden, nn.Linear(100, 10))
+    net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     averages = {policy: averaged_model(net, decay=decay, buffers=policy) for policy in ("copy", "average")}
     step = 0

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
+from surgery.digits import accuracy, digits, network
 from surgery.population_samples import assert_population, convolutional, images, in_training, inputs, norms
 
 
@@ -204,3 +205,25 @@ def test_what_is_said():
     assert told.endswith(
         "2 values a channel (1 call): means moved by up to 2 deviations, deviations by a factor of up to 4"
     )
+
+
+def test_where_it_matters_and_where_it_does_not():
+    """A running average that lags behind costs accuracy; at momentum .1 after 400 steps there is nothing to gain."""
+    x, y, _, _ = digits()
+    gain = {}
+    for momentum, steps in ((0.01, 20), (0.001, 400), (0.1, 400)):
+        torch.manual_seed(0)
+        net = network(momentum)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        for _ in range(steps):
+            batch = torch.randperm(1000)[:60]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[batch]), y[batch]).backward()
+            optimizer.step()
+        before = accuracy(net)
+        bn.recalibrate(net, x.split(100))
+        gain[momentum, steps] = accuracy(net) - before
+        assert accuracy(net) > 0.93
+    assert gain[0.01, 20] > 0.1
+    assert gain[0.001, 400] > 0.05
+    assert abs(gain[0.1, 400]) < 0.02
