@@ -187,3 +187,23 @@ def test_compiled_and_wrapped_models_run_as_they_are_inside():
         for name, tensor in expected.items():
             if "running" in name:
                 torch.testing.assert_close(found.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("method", ["batch", "sequential"])
+def test_in_inference_mode(method):
+    net, x = convolutional(), images()
+    expected = bn.recalibrate(copy.deepcopy(net), x.split(20), method=method).state_dict()
+    with torch.inference_mode():
+        bn.recalibrate(net, (x + 0).split(20), method=method)
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+    net.train()(x).sum().backward()  # its buffers are ordinary tensors as before
+
+
+def test_under_autocast_statistics_are_of_what_the_layer_is_given():
+    net, x = convolutional(torch.float32), images(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        bn.recalibrate(net, x.split(20))
+        rows = net[0](x)
+    assert rows.dtype == torch.bfloat16
+    torch.testing.assert_close(net[1].running_var, rows.double().movedim(1, -1).flatten(0, -2).var(0).float())

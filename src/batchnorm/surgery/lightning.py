@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
-
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, MissingDependencyError
 from batchnorm.probes.feeding import ForwardFn
@@ -70,8 +68,7 @@ class RecalibrateCallback(Callback):
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
         batches = self.batches if self.batches is not None else self._training_data(trainer)
-        # A validation runs in inference mode, whose tensors cannot be followed from layer to layer.
-        with torch.inference_mode(False), trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context():
             recalibrate(
                 module,
                 batches,
