@@ -76,8 +76,8 @@ PEERS: dict[str, Callable[[nn.Module, list[Tensor]], Any]] = {
 CASES = {
     "3 x 100, 17 x 60": (perceptron, (64,), [60] * 17),
     "3 x 100, ragged": (perceptron, (64,), [60] * 16 + [7]),
-    "residual, 4 x 32": (residual, (3, 32, 32), [32] * 4),
-    "residual, ragged": (residual, (3, 32, 32), [32] * 3 + [5]),
+    "residual, 4 x 32": (residual, (3, 24, 24), [32] * 4),
+    "residual, ragged": (residual, (3, 24, 24), [32] * 3 + [5]),
 }
 
 
@@ -120,7 +120,7 @@ def main() -> None:
         models = {peer: copy.deepcopy(model) for peer in PEERS}
         calls = {peer: functools.partial(PEERS[peer], models[peer], data) for peer in PEERS}
         calls["ours, sequential"] = functools.partial(bn.recalibrate, copy.deepcopy(model), data, method="sequential")
-        times = interleave(calls, rounds=5 if options.quick else 15, least=0.02)
+        times = interleave(calls, rounds=5 if options.quick else 11, least=0.02)
         for who, timing in times.items():
             mean, var = errors(models[who], truth) if who in models else (None, None)
             rows.append(
