@@ -34,7 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose
-    from batchnorm.surgery import changes, recalibrate
+    from batchnorm.surgery import changes, freeze, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "__version__",
     "changes",
     "diagnose",
+    "freeze",
     "moments",
     "nn",
     "ops",
@@ -63,13 +64,16 @@ __all__ = [
     "report",
     "study",
     "surgery",
+    "unfreeze",
 ]
 
 _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
 _FUNCTIONS = {
     "changes": "surgery",
     "diagnose": "probes",
+    "freeze": "surgery",
     "recalibrate": "surgery",
+    "unfreeze": "surgery",
 }
 
 

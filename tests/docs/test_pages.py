@@ -22,6 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("front.md", 8),
         ("sources.md", 4),
         ("recalibration.md", 5),
+        ("freezing.md", 2),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):

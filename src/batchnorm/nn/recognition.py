@@ -49,6 +49,19 @@ def is_frozen(module: nn.Module) -> bool:
     )
 
 
+FROZEN = "batchnorm_frozen"
+"""The attribute in which :func:`batchnorm.freeze` keeps, in the layer itself, what it froze and what was there before.
+
+A plain dictionary: ``"affine"`` is what required a gradient, by name; ``"update"`` was the layer's
+``track_running_stats``; ``"use"`` its mode. What is not frozen is not in it.
+"""
+
+
+def frozen_parts(module: nn.Module) -> frozenset[str]:
+    """What :func:`batchnorm.freeze` has frozen of ``module``: of "affine", "update" and "use"; empty where nothing."""
+    return frozenset(module.__dict__.get(FROZEN, ()))
+
+
 def batch_norms(model: nn.Module, frozen: bool = False) -> Iterator[Layer]:
     """The batch norms of ``model``, each once, in the order of ``named_modules``.
 
