@@ -34,7 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose
-    from batchnorm.surgery import changes, freeze, recalibrate, unfreeze
+    from batchnorm.surgery import adapt, changes, freeze, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -52,6 +52,7 @@ __all__ = [
     "SurgeryError",
     "SynchronizationError",
     "__version__",
+    "adapt",
     "changes",
     "diagnose",
     "freeze",
@@ -69,6 +70,7 @@ __all__ = [
 
 _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
 _FUNCTIONS = {
+    "adapt": "surgery",
     "changes": "surgery",
     "diagnose": "probes",
     "freeze": "surgery",

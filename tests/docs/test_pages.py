@@ -23,6 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("sources.md", 4),
         ("recalibration.md", 5),
         ("freezing.md", 2),
+        ("test-time-adaptation.md", 2),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from batchnorm.surgery.adapt import adapt
+from batchnorm.surgery.adapted import Adapted
 from batchnorm.surgery.averaging import averaged_model
 from batchnorm.surgery.changes import Change, Changes, changes
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.recalibrate import recalibrate
+from batchnorm.surgery.sortedness import SortedBatchesWarning
 
 __all__ = [
+    "Adapted",
     "Change",
     "Changes",
+    "SortedBatchesWarning",
+    "adapt",
     "averaged_model",
     "changes",
     "freeze",

@@ -79,8 +79,14 @@ def remember(model: nn.Module, operation: str, found: list[Change], before: nn.M
         before: the root that it was given, where that is another; its history goes on.
     """
     done = Changes(found)
-    earlier = list(_history.get(before, [])) if before is not None and before is not model else _history.get(model, [])
-    _history[model] = [*earlier, (operation, done)]
+    if before is not None and before is not model:
+        _history[model] = list(_history.get(before, []))
+    _history.setdefault(model, []).append((operation, done))
     for change in done:
         log.info("%s: %s", operation, change)
     return done
+
+
+def stands_for(wrapper: nn.Module, model: nn.Module) -> None:
+    """``wrapper`` holds ``model``: what is known of one, now and later, is known of the other."""
+    _history[wrapper] = _history.setdefault(model, [])
