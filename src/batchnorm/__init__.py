@@ -34,7 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose
-    from batchnorm.surgery import adapt, changes, freeze, recalibrate, unfreeze
+    from batchnorm.surgery import adapt, changes, freeze, insert, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "changes",
     "diagnose",
     "freeze",
+    "insert",
     "moments",
     "nn",
     "ops",
@@ -74,6 +75,7 @@ _FUNCTIONS = {
     "changes": "surgery",
     "diagnose": "probes",
     "freeze": "surgery",
+    "insert": "surgery",
     "recalibrate": "surgery",
     "unfreeze": "surgery",
 }

@@ -24,6 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("recalibration.md", 5),
         ("freezing.md", 2),
         ("test-time-adaptation.md", 2),
+        ("inserting.md", 2),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from batchnorm.surgery.adapted import Adapted
 from batchnorm.surgery.averaging import averaged_model
 from batchnorm.surgery.changes import Change, Changes, changes
 from batchnorm.surgery.freeze import freeze, unfreeze
+from batchnorm.surgery.insert import Normalized, insert
 from batchnorm.surgery.recalibrate import recalibrate
 from batchnorm.surgery.sortedness import SortedBatchesWarning
 
@@ -14,11 +15,13 @@ __all__ = [
     "Adapted",
     "Change",
     "Changes",
+    "Normalized",
     "SortedBatchesWarning",
     "adapt",
     "averaged_model",
     "changes",
     "freeze",
+    "insert",
     "recalibrate",
     "unfreeze",
 ]
