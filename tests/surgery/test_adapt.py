@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import warnings
 
 import numpy as np
@@ -283,6 +284,21 @@ def test_a_frozen_and_a_compiled_model_adapt_too():
     assert torch.equal(bn.adapt(compiled)(x), bn.adapt(plain)(x))
 
 
+@pytest.mark.parametrize("options", [{"prior": 2}, {"method": "tent", "lr": 0.1}])
+def test_a_copy_adapts_by_itself(options):
+    adapted = bn.adapt(network(), **options)
+    adapted(torch.randn(6, 3))
+    before = state(adapted.model)
+    x = torch.randn(6, 3)
+    for twin in (copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        result = twin(x)
+        assert not same(state(twin.model), before)
+        assert same(state(adapted.model), before)
+        twin.reset()
+        assert same(state(twin.model), state(network()))
+    assert torch.equal(adapted(x), result)
+
+
 def test_nan_statistics_of_the_source_do_not_survive():
     model = network()
     model[1].running_mean.fill_(math.nan)
@@ -400,6 +416,7 @@ def test_the_share_is_mutual_information_over_entropy():
         ({"num_batches": 3}, "expected num_batches together with batches, got 3 without"),
         ({"batches": [torch.randn(6, 3)], "episodic": True}, "expected episodic=True without batches"),
         ({"batches": iter([torch.randn(6, 3)]), "method": "tent"}, "expected batches that can be read twice"),
+        ({"batches": torch.randn(6, 3)}, "expected batches, got one Tensor: give a list of it, or call the result"),
         ({"layers": "7"}, "which none has"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchnorm.nn.recognition import frozen_parts
 from batchnorm.surgery.adapt import adapt
 from batchnorm.surgery.adapted import Adapted
 from batchnorm.surgery.averaging import averaged_model
@@ -21,6 +22,7 @@ __all__ = [
     "averaged_model",
     "changes",
     "freeze",
+    "frozen_parts",
     "insert",
     "recalibrate",
     "unfreeze",

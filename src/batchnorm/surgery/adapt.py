@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
@@ -56,6 +57,9 @@ def adapt(
     Everything but the normalization is in eval mode while the adapted model runs: dropout drops nothing (the authors'
     TENT leaves the whole model in train mode). Modes and what requires a gradient are given back after each call.
 
+    Each process of a distributed job adapts by itself and waits for no other; :func:`batchnorm.recalibrate` pools over
+    processes.
+
     Batches sorted by class destroy either method, since a batch's statistics then are its class's. It is looked for in
     what the model predicted before it was adapted, where its outputs are logits (N, K): a second forward, without
     gradients, for each batch. A first batch by itself cannot be told.
@@ -100,6 +104,8 @@ def adapt(
         raise InputError(f"expected lr above 0, got {lr}")
     if steps < 1:
         raise InputError(f"expected steps of 1 or more, got {steps}")
+    if isinstance(batches, Tensor | Mapping):
+        raise InputError(f"expected batches, got one {type(batches).__name__}: give a list of it, or call the result")
     if batches is None and num_batches is not None:
         raise InputError(f"expected num_batches together with batches, got {num_batches} without")
     if batches is not None and episodic:
@@ -109,7 +115,7 @@ def adapt(
     found = _chosen(model, layers, method)
     way: Statistics | Entropy = Statistics(prior)
     if method == "tent":
-        way = Entropy(steps, optimizer or (lambda parameters: torch.optim.Adam(parameters, lr)), logits)
+        way = Entropy(steps, optimizer or partial(torch.optim.Adam, lr=lr), logits)
     adapted = Adapted(
         model, found, way, forward_fn, logits=logits, episodic=episodic, online=batches is None, on_sorted=on_sorted
     )

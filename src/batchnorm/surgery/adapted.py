@@ -137,7 +137,12 @@ class Adapted(nn.Module):
         counted, chosen = _Counted(batches), {layer for layer in self._layers if "running_mean" in layer._buffers}
         with _moving(chosen):
             recalibrate(
-                inner, counted, self._forward_fn, num_batches=num_batches, layers=lambda _, module: module in chosen
+                inner,
+                counted,
+                self._forward_fn,
+                num_batches=num_batches,
+                layers=lambda _, module: module in chosen,
+                process_group=False,
             )
         seen = f"{counted.samples} samples of the target"
         if isinstance(self._way, Entropy):

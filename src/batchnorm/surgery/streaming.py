@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from batchnorm._errors import InputError
 from batchnorm.ops import functional
 from batchnorm.ops.arguments import positions
+from batchnorm.ops.schema import statistics_dtype
 
 Moments = tuple[Tensor, Tensor, Tensor]
 """Count, mean and sum of squared deviations."""
@@ -89,9 +90,10 @@ class Statistics:
     def _write(self, layer: nn.Module, seen: _Seen, mean: Tensor, var: Tensor, samples: int) -> None:
         weight = self.prior / (self.prior + samples)
         for kept, source, target in zip(_buffers(layer), seen.source, (mean, var), strict=True):
-            target = target.double()
+            wide = statistics_dtype(kept.device)
+            target = target.to(wide)
             # With no weight the source must not even be looked at: it may be NaN, which is a reason to adapt.
-            kept.copy_(target if weight == 0 else weight * source.to(target.device).double() + (1 - weight) * target)
+            kept.copy_(target if weight == 0 else weight * source.to(kept.device, wide) + (1 - weight) * target)
 
 
 @contextmanager
