@@ -325,6 +325,30 @@ def test_refusals_leave_the_model_as_it_was():
         bn.insert(nn.Sequential(nn.LazyLinear(3), nn.ReLU()), torch.randn(3, 2))
 
 
+def test_a_layer_that_needs_its_bias_is_refused():
+    class Needing(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.t() + self.bias
+
+    model = nn.Sequential(Needing(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    before, known = state(model), facts(model)
+    with pytest.raises(bn.SurgeryError, match="expected a model that runs without its biases, got TypeError"):
+        bn.insert(model, torch.randn(6, 3))
+    assert facts(model) == known
+    assert same(state(model), before)
+
+
+def test_a_residual_network_without_its_norms_gets_those_before_non_linearities():
+    model = timm_model("resnet18", norm_layer=nn.Identity).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        bn.insert(model, x, preserve=True)
+        assert (model(x) - before).abs().max() < 1e-4 * before.abs().max()
+    inserted = [change.layer for change in bn.changes(model) if not change.what.startswith("left")]
+    assert inserted == ["conv1", *(f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1))]
+
+
 def test_inside_distributed_data_parallel_it_is_refused():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

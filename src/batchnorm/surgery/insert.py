@@ -89,7 +89,7 @@ def insert(
     Raises:
         SurgeryError: (ValueError, RuntimeError) there is no place (the reasons are told); a place has only one value a
             channel in the example, for ``preserve``; the model is inside DistributedDataParallel, has layers that have
-            not seen a batch, or would not compute the same on the example. The model is as it was.
+            not seen a batch, or would not run, or for ``preserve`` compute the same, on the example. It is as it was.
         InputError: (ValueError) an option out of range.
 
     Source: Ioffe & Szegedy (2015), section 3.2; for ``preserve`` the end of section 3.
@@ -127,8 +127,15 @@ def insert(
             what = f"{type(norm).__name__}({norm.num_features}) between it and {user.label}"
             lost = "" if bias is None else "its bias"
             found.append(Change(layer.name, what, "" if preserve else lost))
+        try:
+            after = _run(inner, example, forward_fn, [])[1]
+        except Exception as error:
+            raise SurgeryError(
+                f"expected a model that runs without its biases, got {type(error).__name__}: {error}: leave the layers out "
+                "that need them"
+            ) from error
         if preserve:
-            _compare(before, _run(inner, example, forward_fn, [])[1])
+            _compare(before, after)
     if optimizer is not None:
         _tell(optimizer, pairs)
     remember(model, "insert", found + left)
