@@ -574,10 +574,15 @@ def test_a_failure_halfway_leaves_the_model_as_it_was(monkeypatch):
         return settle(*arguments)
 
     monkeypatch.setattr(module, "_settle", failing)
+    model[1].weight.grad = torch.ones(4)
     with pytest.raises(KeyboardInterrupt):
         bn.freeze(model)
     assert everything(model) == known
+    assert model[1].weight.grad is not None
     monkeypatch.undo()
+    bn.freeze(model, affine=False)
+    assert model[1].weight.grad is not None
+    bn.unfreeze(model)
     bn.freeze(model)
     frozen = everything(model)
     calls.clear()

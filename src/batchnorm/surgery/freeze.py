@@ -80,6 +80,7 @@ def freeze(
         for layer, _ in chosen
     }
     found: list[Change] = []
+    waiting: list[nn.Parameter] = []
     with unchanged_on_error(model):
         for layer, parts in chosen:
             module, holder = layer.module, _holder(model, layer)
@@ -91,10 +92,16 @@ def freeze(
             if "use" in parts:
                 apart = holder is not None and holder.training != module.training
                 memory.setdefault("use", {"training": module.training, "apart": apart})
-            dropped = _settle(module, memory, holder)
+            _settle(module, memory, holder)
+            moved = {name: kept for name, kept in _parameters(module).items() if kept.grad is not None}
+            if "affine" not in memory:
+                moved = {}
+            waiting += moved.values()
             if parts:
-                lost = f"the gradient of {' and '.join(dropped)}" if dropped else ""
+                lost = f"the gradient of {' and '.join(moved)}" if moved else ""
                 found.append(Change(layer.name, _told(parts, _FROZEN), lost))
+    for parameter in waiting:
+        parameter.grad = None  # or an optimizer would go on by it
     remember(model, "freeze", found)
     return model
 
@@ -184,8 +191,8 @@ def _by_running(
             module._buffers.update(buffers)
 
 
-def _settle(module: nn.Module, memory: dict[str, Any], holder: nn.Module | None) -> list[str]:
-    """Make the layer as frozen as ``memory`` says, and keep that in it; the names of gradients that were dropped."""
+def _settle(module: nn.Module, memory: dict[str, Any], holder: nn.Module | None) -> None:
+    """Make the layer as frozen as ``memory`` says, and keep that in it."""
     was_held = isinstance(module.__dict__.get("train"), _Held)
     held = "use" in memory and "update" in memory
     kept = module.__dict__.get(FROZEN, {})
@@ -199,18 +206,13 @@ def _settle(module: nn.Module, memory: dict[str, Any], holder: nn.Module | None)
     _set_hook(module, "use" in memory and not held)
     if "update" in memory:
         module.__dict__["track_running_stats"] = False
-    dropped = []
-    for name, parameter in _parameters(module).items():
-        if "affine" in memory:
+    if "affine" in memory:
+        for parameter in _parameters(module).values():
             parameter.requires_grad_(False)
-            if parameter.grad is not None:
-                parameter.grad = None
-                dropped.append(name)
     if memory:
         module.__dict__[FROZEN] = memory
     else:
         module.__dict__.pop(FROZEN, None)
-    return dropped
 
 
 def _set_hook(module: nn.Module, wanted: bool) -> None:

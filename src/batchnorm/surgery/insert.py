@@ -131,8 +131,8 @@ def insert(
             after = _run(inner, example, forward_fn, [])[1]
         except Exception as error:
             raise SurgeryError(
-                f"expected a model that runs without its biases, got {type(error).__name__}: {error}: leave the layers out "
-                "that need them"
+                f"expected a model that runs without its biases, got {type(error).__name__}: {error}: "
+                "leave out the layers that need them"
             ) from error
         if preserve:
             _compare(before, after)
