@@ -57,6 +57,15 @@ def test_by_batch_is_not_what_inference_sees_where_batches_differ():
     assert (net[5].running_var / seen["5"].var(0)).log().abs().max() > 0.1
 
 
+def test_each_pass_of_sequential_shuffles_alike():
+    net, seen = convolutional(), []
+    loader = torch.utils.data.DataLoader(images(), 10, shuffle=True)
+    bn.recalibrate(net, loader, lambda m, b: (seen.append(b), m(b)), method="sequential", num_batches=2)
+    first, passes = seen[1:3], [seen[i : i + 2] for i in range(1, 7, 2)]  # seen[0] is for the wiring
+    assert len(seen) == 7
+    assert all(torch.equal(a, b) for each in passes for a, b in zip(each, first, strict=True))
+
+
 def test_passes_of_sequential_are_the_longest_chain():
     class Branches(nn.Module):
         def __init__(self):
