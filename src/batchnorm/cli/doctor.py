@@ -103,14 +103,15 @@ def doctor(
         loaded = models.load_model(model, kwargs, checkpoint, key)
         batches = None if data is None else models.Again(models.batches(data, batch_size, stats, loaded.model))
         example = None if example_shape is None else models.example_of(example_shape, loaded.model)
-        found = diagnose(
-            loaded.model,
-            batches if num_batches is None or batches is None else batches.first(num_batches),
-            example,
-            optimizer=loaded.optimizer,
-            select=wanted.select,
-            ignore=wanted.ignore,
-        )
+        with models.failures_told(model):
+            found = diagnose(
+                loaded.model,
+                batches if num_batches is None or batches is None else batches.first(num_batches),
+                example,
+                optimizer=loaded.optimizer,
+                select=wanted.select,
+                ignore=wanted.ignore,
+            )
     found = wanted.without_ignored(found)
     style = "json" if as_json else style
     if style == "text":

@@ -74,7 +74,8 @@ def fold(
         else:
             assert example_shape is not None
             example = models.example_of(example_shape, loaded.model)
-        folded = bn.fold(loaded.model.eval(), example, strict=strict)
+        with models.failures_told(model):
+            folded = bn.fold(loaded.model.eval(), example, strict=strict)
         _write(folded, arguments(example), out)
     done = bn.changes(folded)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchnorm._errors import InputError
+from batchnorm._errors import BatchnormError, InputError
 from batchnorm.cli.options import Command
 
 if TYPE_CHECKING:
@@ -191,6 +192,17 @@ def batches(source: str, batch_size: int, stats: Path | None, model: nn.Module) 
             yield tensor.to(dtype)
 
     return parts
+
+
+@contextlib.contextmanager
+def failures_told(where: str) -> Iterator[None]:
+    """What a model's own code raises, as an InputError of one line."""
+    try:
+        yield
+    except BatchnormError:
+        raise
+    except Exception as error:
+        raise InputError(f"{where} fails on these data: {type(error).__name__}: {_line(error)}") from error
 
 
 def first(begin: Callable[[], Iterator[Any]], source: str) -> Any:

@@ -56,7 +56,7 @@ def recalibrate(
         loaded = models.load_model(model, kwargs, checkpoint, key)
         assert loaded.checkpoint is not None
         batches = models.Again(models.batches(data, batch_size, stats, loaded.model))
-        with options.Meter("recalibrating", unit="batches") as meter:
+        with options.Meter("recalibrating", unit="batches") as meter, models.failures_told(model):
             mended = bn.recalibrate(loaded.model, batches, num_batches=num_batches, progress=meter)
     write_checkpoint(updated(loaded.checkpoint, mended, loaded.prefix), out)
     done = bn.changes(mended)
