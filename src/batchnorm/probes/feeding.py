@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+_probing = ContextVar("probing", default=False)
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 """How a model takes a batch of a user's own kind: ``forward_fn(model, batch)``."""
@@ -69,14 +72,16 @@ def on_device(batch: Any, device: torch.device | None) -> Any:
 def undisturbed(model: nn.Module, training: bool | None = None) -> Iterator[nn.Module]:
     """Run ``model`` without gradients, and have its buffers, modes and random state back afterwards, come what may.
 
+    Inside the block :func:`probing` is true.
+
     Args:
         model: whose forward passes are inside the block.
         training: the mode of all its modules inside the block; None leaves each in its own.
     """
     modes = {module: module.training for module in model.modules()}
-    held = {module: dict(module._buffers) for module in model.modules()}
-    values = {buffer: buffer.detach().clone() for buffer in model.buffers() if buffer.device.type != "meta"}
+    restore = buffers_kept(model)
     devices = [tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"]
+    token = _probing.set(True)
     try:
         with torch.random.fork_rng(devices={device.index or 0 for device in devices}), torch.no_grad():
             if training is not None:
@@ -85,11 +90,36 @@ def undisturbed(model: nn.Module, training: bool | None = None) -> Iterator[nn.M
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for module, buffers in held.items():  # a forward may put another tensor in a buffer's place
+        restore()
+        _probing.reset(token)
+
+
+def probing() -> bool:
+    """Whether a probe runs a model just now: such passes are none of training's, and a watch must not count them."""
+    return _probing.get()
+
+
+def buffers_kept(model: nn.Module) -> Callable[[], None]:
+    """Remember which the buffers of ``model`` are, and their values; the result brings both back, any number of times.
+
+    Values are written through ``.data``: a graph that waits for its backward pass does not take that for a change.
+    """
+    held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    values = {
+        buffer: buffer.detach().clone()
+        for _, buffers in held
+        for buffer in buffers.values()
+        if buffer is not None and buffer.device.type != "meta"
+    }
+
+    def restore() -> None:
+        for module, buffers in held:
+            # Some modules assign a new tensor where others write into the old one.
             module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, before in values.items():
-                buffer.copy_(before)
+        for buffer, value in values.items():
+            buffer.data.copy_(value)
+
+    return restore
 
 
 def _is_named_tuple(value: Any) -> bool:
