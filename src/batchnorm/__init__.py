@@ -33,7 +33,7 @@ from batchnorm._errors import (
 
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
-    from batchnorm.probes import diagnose
+    from batchnorm.probes import diagnose, watch
     from batchnorm.surgery import adapt, changes, freeze, insert, recalibrate, unfreeze
 
 __version__ = "0.1.0"
@@ -67,6 +67,7 @@ __all__ = [
     "study",
     "surgery",
     "unfreeze",
+    "watch",
 ]
 
 _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report", "study", "surgery"})
@@ -78,6 +79,7 @@ _FUNCTIONS = {
     "insert": "surgery",
     "recalibrate": "surgery",
     "unfreeze": "surgery",
+    "watch": "probes",
 }
 
 

@@ -12,6 +12,9 @@ from batchnorm.probes.shift import shift
 
 if TYPE_CHECKING:
     from batchnorm.probes.health import Diagnosis, Finding, diagnose, rules
+from batchnorm.probes.health import Diagnosis, Finding, diagnose, rules
+from batchnorm.probes.movement import movement, typical_unit
+from batchnorm.probes.watching import Watch, load_records, watch
 
 __all__ = [
     "PERCENTILES",
@@ -23,11 +26,15 @@ __all__ = [
     "diagnose",
     "distances",
     "landscape",
+    "Watch",
+    "diagnose",
+    "load_records",
     "movement",
     "rules",
     "shift",
     "typical_unit",
     "wasserstein",
+    "watch",
 ]
 
 # What needs torch to be imported loads on first use: the report reads records without it.

@@ -1,0 +1,99 @@
+"""What is known of a watched layer before it runs: its kind, and its parameters at the beginning of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchnorm.nn.recognition import is_batch_norm, is_frozen
+from batchnorm.probes.watching.layers import flat_ends, rectifies
+from batchnorm.probes.watching.statistics import as_array
+
+PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+_REAL = _FLOATING | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+_HOLDERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder)
+
+
+class Kind:
+    """A watched layer, and what its kind says."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.normalizes = is_batch_norm(module) or is_frozen(module)
+        self.ends_in_zeros, self.flat_input = rectifies(module), flat_ends(module)
+        # Torch's own modules and batch norms leave their input alone unless they say so; of others nothing is known.
+        known = self.normalizes or type(module).__module__.startswith("torch.nn.modules.")
+        self.overwrites = not known or isinstance(module, _HOLDERS) or bool(getattr(module, "inplace", False))
+        self.follower: nn.Module | None = None
+        self.followed = False  # whether a look has shown what follows
+
+    @property
+    def eps(self) -> float:
+        """Of a normalization; else 0."""
+        return float(getattr(self.module, "eps", 0.0) or 0.0)
+
+    @property
+    def ddof(self) -> int:
+        """What the running variance is an average of: unbiased variances, unless a layer of ours says 0."""
+        return int(getattr(self.module, "ddof", 1))
+
+    def parameters(self) -> list[Tensor | None]:
+        """:data:`PARAMETERS` of a normalization that are one number a channel.
+
+        Not by attribute: a parametrization may compute, or move a state of its own, whenever it is asked.
+        """
+        module = self.module
+        if not hasattr(module, "eps"):
+            return [None] * len(PARAMETERS)
+        found = [module._parameters.get(name, module._buffers.get(name)) for name in PARAMETERS]
+        return [
+            tensor if tensor is not None and tensor.dim() == 1 and not unreadable(tensor) else None for tensor in found
+        ]
+
+
+class Snapshot:
+    """Copies of the parameters of all layers, made in one go: one call for each type and device."""
+
+    def __init__(self, kinds: Iterable[Kind]) -> None:
+        self._sizes: dict[tuple[torch.dtype, torch.device], list[tuple[str, int, int]]] = {}
+        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for kind in kinds:
+            for place, tensor in enumerate(kind.parameters()):
+                if tensor is not None:
+                    key = tensor.dtype, tensor.device
+                    groups.setdefault(key, []).append(tensor)
+                    self._sizes.setdefault(key, []).append((kind.name, place, len(tensor)))
+        with torch.no_grad():
+            self._copies = {key: torch.cat(tensors) for key, tensors in groups.items()}
+
+    def read(self) -> dict[str, list[Any]]:
+        """For each layer's name its four arrays, None for what is not there."""
+        found: dict[str, list[Any]] = {}
+        for key, copy in self._copies.items():
+            values, start = as_array(copy), 0
+            for name, place, size in self._sizes[key]:
+                found.setdefault(name, [None] * len(PARAMETERS))[place] = values[start : start + size]
+                start += size
+        return found
+
+
+def unreadable(x: Tensor | None) -> str | None:
+    """Why the values of ``x`` cannot be looked at, or None if they can."""
+    if type(x) in _PLAIN and x.dtype in _REAL and x.layout is torch.strided and x.dim() and not x.is_meta:  # type: ignore[union-attr]
+        return None
+    if x is None:
+        return "its input holds no tensor"
+    if x.dim() == 0:
+        return "its input is a single number"
+    if x.is_nested and x.layout == torch.jagged:
+        return None
+    what = f"on {x.device}" if x.is_meta else f"{x.dtype}, {x.layout}"
+    return f"its input is a {type(x).__name__} without plain values ({what})"
