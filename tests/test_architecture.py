@@ -16,6 +16,10 @@ PACKAGE = Path(batchnorm.__file__).parent
 ORDER = ("moments", "preprocessing", "ops", "nn", "probes", "surgery", "study", "report", "cli")
 SIBLINGS = {("ops", "preprocessing"), ("preprocessing", "ops")}
 PRIVATE = {"_checks", "_errors", "_library"}  # below all rooms
+# A file that may import one module to its right, inside a function that a user calls.
+EXCEPTIONS = {
+    "probes/watching/handle.py": ("report", "watch.to_html() draws the records that the watch holds"),
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -29,6 +33,9 @@ def imports(path: Path) -> set[str]:
             names = [node.module or ""]
             if node.module == "batchnorm":
                 names = [f"batchnorm.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant) and part.value]
+            names = [name for name in names if isinstance(name, str)]
         else:
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("batchnorm.")}
@@ -48,7 +55,8 @@ def test_imports_go_one_way(path):
     if room in PRIVATE:
         assert imports(path) <= PRIVATE
         return
-    for other in imports(path) & set(ORDER) - {room}:
+    allowed, _ = EXCEPTIONS.get(path.relative_to(PACKAGE).as_posix(), (None, ""))
+    for other in imports(path) & set(ORDER) - {room, allowed}:
         assert ORDER.index(other) < ORDER.index(room), f"{room} must not import {other}"
         assert (room, other) not in SIBLINGS, f"{room} must not import {other}"
 
@@ -56,6 +64,8 @@ def test_imports_go_one_way(path):
 def test_the_test_of_directions_sees_imports():
     assert imports(PACKAGE / "nn" / "batch_norm.py") >= {"ops"}
     assert imports(PACKAGE / "ops" / "reference.py") >= {"moments"}
+    for path, (room, _) in EXCEPTIONS.items():
+        assert room in imports(PACKAGE / path), f"{path} no longer needs its exception"
 
 
 def python(code: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from batchnorm.probes.distribution import PERCENTILES, InputPercentiles
 from batchnorm.probes.landscape import Landscape, landscape
@@ -44,4 +45,8 @@ _HOMES = dict.fromkeys(("Diagnosis", "Finding", "diagnose", "rules"), "health")
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"batchnorm.probes.{_HOMES[name]}"), name)
+
+def __getattr__(name: str) -> Any:
+    if name == "lightning":  # the callbacks: their import takes seconds
+        return importlib.import_module("batchnorm.probes.lightning")
     raise AttributeError(f"module 'batchnorm.probes' has no attribute {name!r}")

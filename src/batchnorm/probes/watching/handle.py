@@ -155,13 +155,13 @@ class Watch:
         self._now = look
         look.parameters = Snapshot(self._kinds.values())
         hold = self._armed.callback
-        if self._hooks:
-            hold(self.model.register_forward_hook(RootHook(self, begins=False), always_call=True).remove)
         for kind in self._kinds.values():
             see = _Seeing(self, look, kind)
-            if kind.overwrites:
+            if kind.overwrites and kind.module is not self.model:  # whose hooks before its pass are running already
                 hold(kind.module.register_forward_pre_hook(see.before, with_kwargs=True).remove)
             hold(kind.module.register_forward_hook(see.after, with_kwargs=True).remove)
+        if self._hooks:  # after those of the layers, of which the model may be one
+            hold(self.model.register_forward_hook(RootHook(self, begins=False), always_call=True).remove)
         if not all(kind.followed for kind in self._kinds.values()):
             for module in self._activations:
                 hold(module.register_forward_pre_hook(self._follow).remove)
@@ -173,7 +173,7 @@ class Watch:
                     return
 
     def _gradient(self, look: Look, kind: Kind, gradient: Tensor) -> None:
-        if self._open is not look:
+        if look is not self._open and look is not self._now:
             return
         look.sights[kind.name].see_gradient(gradient, self.units)
         look.waiting.pop(kind.name, None)
@@ -221,6 +221,11 @@ class Watch:
     def layers(self) -> tuple[str, ...]:
         """The names of the watched layers, in the model's order; of a shared module the first."""
         return tuple(self._kinds)
+
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last look; None before the first."""
+        return self._looks[-1].step if self._looks else None
 
     @property
     def records(self) -> list[Record]:
@@ -276,15 +281,14 @@ class _Seeing:
         self.watch, self.look, self.kind = watch, look, kind
 
     def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Only for a layer that may overwrite its input."""
+        """Looks at what goes in: before the layer runs only if it may overwrite that."""
         if self.kind.name not in self.look.sights and not in_backward():
             sight = self.look.sights[self.kind.name] = Sight(self.look.step, self.look.mode, self.kind)
             sight.see_input(args, kwargs, self.watch.units)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Looks at what came out, and asks for its gradient."""
-        if not self.kind.overwrites:
-            self.before(module, args, kwargs)
+        self.before(module, args, kwargs)
         sight, name = self.look.sights.get(self.kind.name), self.kind.name
         if sight is None or sight.output is not None or in_backward():
             return

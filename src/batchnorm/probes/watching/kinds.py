@@ -54,9 +54,8 @@ class Kind:
         if not hasattr(module, "eps"):
             return [None] * len(PARAMETERS)
         found = [module._parameters.get(name, module._buffers.get(name)) for name in PARAMETERS]
-        return [
-            tensor if tensor is not None and tensor.dim() == 1 and not unreadable(tensor) else None for tensor in found
-        ]
+        # Readable first: what a lazy layer has not made yet has no dimensions.
+        return [each if each is not None and not unreadable(each) and each.dim() == 1 else None for each in found]
 
 
 class Snapshot:
@@ -91,6 +90,8 @@ def unreadable(x: Tensor | None) -> str | None:
         return None
     if x is None:
         return "its input holds no tensor"
+    if isinstance(x, nn.UninitializedParameter | nn.UninitializedBuffer):
+        return "its input is not made yet"
     if x.dim() == 0:
         return "its input is a single number"
     if x.is_nested and x.layout == torch.jagged:

@@ -57,7 +57,7 @@ def chosen(model: nn.Module, layers: Layers) -> list[Layer]:
 
 def _fitting(names: dict[nn.Module, list[str]], selection: Selection) -> set[nn.Module]:
     if isinstance(selection, nn.Module):
-        found, said = {selection} & names.keys(), f"the {type(selection).__name__} given as a module"
+        found, said = {selection} & names.keys(), f"{type(selection).__name__} given as a module"
     elif isinstance(selection, type):
         found, said = {module for module in names if isinstance(module, selection)}, f"type {selection.__name__}"
     elif isinstance(selection, str):

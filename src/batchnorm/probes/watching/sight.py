@@ -148,6 +148,7 @@ class Sight:
         running_mean, running_var = self.parameter("running_mean"), self.parameter("running_var")
         if self.input is None or mean is None or std is None or running_mean is None or running_var is None:
             return None, None
+        running_var = running_var.astype(np.float64)
         with np.errstate(all="ignore"):
             gap = (mean - running_mean) / np.sqrt(running_var + self.kind.eps)
             ratio = std**2 * bessel_factor(self.input.count, self.kind.ddof) / running_var
@@ -232,7 +233,7 @@ def plain(values: Array | float | None) -> Any:
     if values is None:
         return None
     if isinstance(values, float):
-        return values if math.isfinite(values) else None
+        return float(values) if math.isfinite(values) else None
     if np.isfinite(values).all():
         return values.tolist()
     listed = values.astype(object)
