@@ -1,11 +1,12 @@
 """What watching costs: a training step of a watched model beside the same model's without.
 
-Each candidate trains a model of its own; a measurement is a round of whole cycles of EVERY steps, so that every one holds
-the same number of looks. The target is at most 5% at every=20. "between" is a watch that never looks.
+Each candidate trains a model of its own, in turn, a cycle of EVERY steps at a time, with one look. The target is at
+most 5% at every=20. "between" is a watch that never looks.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def mlp() -> nn.Module:
     """The paper's MNIST network on 8x8 digits: three layers of 100 sigmoids."""
     sizes = (64, 100, 100, 100)
     layers: list[nn.Module] = []
-    for before, after in zip(sizes, sizes[1:], strict=False):
+    for before, after in itertools.pairwise(sizes):
         layers += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.Sigmoid()]
     return nn.Sequential(*layers, nn.Linear(100, 10))
 
@@ -90,7 +91,7 @@ def main() -> None:
     torch.set_num_threads(2)
     rows = []
     for name, (make, shape) in CASES.items():
-        rounds = 300 if len(shape) == 2 else 25
+        rounds = 300 if len(shape) == 2 else 15
         rows.append({"model": name, **measure(make, shape, rounds // 10 if options.quick else rounds)})
     columns = ("model", "between", "watched")
     show(

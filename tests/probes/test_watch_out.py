@@ -113,7 +113,7 @@ def test_files_hold_what_the_records_say(watch, tmp_path):
 
 
 def test_files_that_cannot_be_written_or_read(watch, tmp_path, monkeypatch):
-    with pytest.raises(bn.OutputError, match="cannot write .*No such file"):
+    with pytest.raises(bn.OutputError, match=r"cannot write .*No such file"):
         watch.save(tmp_path / "no" / "records.jsonl")
     path = tmp_path / "records.jsonl"
     path.write_text("old")
@@ -122,7 +122,7 @@ def test_files_that_cannot_be_written_or_read(watch, tmp_path, monkeypatch):
         watch.save(path)
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
-    with pytest.raises(bn.RecordsError, match="in line 1 of .*, got no JSON"):
+    with pytest.raises(bn.RecordsError, match=r"in line 1 of .*, got no JSON"):
         bn.probes.load_records(path)
     path.write_text("[1]")
     with pytest.raises(bn.RecordsError, match=r"expected a record with layer and step in line 1 of .*, got '\[1\]'"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,7 +20,7 @@ from batchnorm.probes.watching import out
 from batchnorm.probes.watching.hooks import RootHook, passes_can_be_seen
 from batchnorm.probes.watching.kinds import Kind, Snapshot
 from batchnorm.probes.watching.layers import Layers, chosen, flat_ends, is_rectifier
-from batchnorm.probes.watching.sight import Sight, settle_all
+from batchnorm.probes.watching.looks import Look, Seeing, settle_looks
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -29,33 +28,7 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Every = int | Callable[[int], bool]
 MODES = ("train", "eval")
-
-
-class Look:
-    """One pass that is looked at: a sight of each layer that was called, and the hooks that are still out."""
-
-    def __init__(self, step: int, mode: str, number: int) -> None:
-        self.step, self.mode, self.number = step, mode, number
-        self.sights: dict[str, Sight] = {}
-        self.parameters: Snapshot | None = None
-        self.waiting: dict[str, Any] = {}  # for gradients: handles of hooks on outputs
-        self.scheduled = False
-
-    def settled(self) -> list[Sight]:
-        """The sights, with their numbers as far as they are known."""
-        if self.parameters is not None:
-            for name, held in self.parameters.read().items():
-                if name in self.sights:
-                    self.sights[name].hold(held)
-            self.parameters = None
-        settle_all(self.sights.values())
-        return [*self.sights.values()]
-
-    def release(self) -> None:
-        """Wait for no gradient any more."""
-        for handle in self.waiting.values():
-            handle.remove()
-        self.waiting.clear()
+_PENDING = 2**21  # bytes of samples that may wait to be settled together
 
 
 class Watch:
@@ -92,6 +65,8 @@ class Watch:
         self._number, self._stride = 0, 1
         self._now: Look | None = None  # a pass under way that is looked at
         self._open: Look | None = None  # the last look, while its gradients may still come
+        self._unsettled: list[Look] = []  # complete ones, of which samples are still to be made into numbers
+        self._bytes = 0  # that those samples take
         self._armed = ExitStack()
         self._hooks: list[Any] = []
         if not manual:
@@ -156,7 +131,7 @@ class Watch:
         look.parameters = Snapshot(self._kinds.values())
         hold = self._armed.callback
         for kind in self._kinds.values():
-            see = _Seeing(self, look, kind)
+            see = Seeing(self, look, kind)
             if kind.overwrites and kind.module is not self.model:  # whose hooks before its pass are running already
                 hold(kind.module.register_forward_pre_hook(see.before, with_kwargs=True).remove)
             hold(kind.module.register_forward_hook(see.after, with_kwargs=True).remove)
@@ -172,7 +147,8 @@ class Watch:
                 if sight.see_follower(follower, args[0]):
                     return
 
-    def _gradient(self, look: Look, kind: Kind, gradient: Tensor) -> None:
+    def gradient_came(self, look: Look, kind: Kind, gradient: Tensor) -> None:
+        """Called by the hook on a layer's output."""
         if look is not self._open and look is not self._now:
             return
         look.sights[kind.name].see_gradient(gradient, self.units)
@@ -213,7 +189,11 @@ class Watch:
         look, self._open = self._open, None
         if look is not None:
             look.release()
-            look.settled()
+            self._unsettled.append(look)
+            self._bytes += sum(sight.pending_bytes() for sight in look.sights.values())
+            if self._bytes > _PENDING:
+                settle_looks(self._unsettled)
+                self._unsettled, self._bytes = [], 0
             if self._on_look is not None:
                 self._on_look(self)
 
@@ -272,29 +252,6 @@ class Watch:
     def to_html(self, path: str | Path) -> None:
         """Write a page with the figures of the records. Raises MissingDependencyError, OutputError."""
         importlib.import_module("batchnorm.report.watch").write_watch_page(self.records, path)
-
-
-class _Seeing:
-    """The hooks of one layer in one look: its first call of the pass is what counts."""
-
-    def __init__(self, watch: Watch, look: Look, kind: Kind) -> None:
-        self.watch, self.look, self.kind = watch, look, kind
-
-    def before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Looks at what goes in: before the layer runs only if it may overwrite that."""
-        if self.kind.name not in self.look.sights and not in_backward():
-            sight = self.look.sights[self.kind.name] = Sight(self.look.step, self.look.mode, self.kind)
-            sight.see_input(args, kwargs, self.watch.units)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Looks at what came out, and asks for its gradient."""
-        self.before(module, args, kwargs)
-        sight, name = self.look.sights.get(self.kind.name), self.kind.name
-        if sight is None or sight.output is not None or in_backward():
-            return
-        y = sight.see_output(output, self.watch.units)
-        if y is not None:
-            self.look.waiting[name] = y.register_hook(partial(self.watch._gradient, self.look, self.kind))
 
 
 def _check(every: Every, units: int | None, max_records: int, modes: tuple[str, ...]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,7 @@ class Kind:
         if not hasattr(module, "eps"):
             return [None] * len(PARAMETERS)
         found = [module._parameters.get(name, module._buffers.get(name)) for name in PARAMETERS]
-        # Readable first: what a lazy layer has not made yet has no dimensions.
-        return [each if each is not None and not unreadable(each) and each.dim() == 1 else None for each in found]
+        return [each if _is_plain(each) and each.dim() == 1 else None for each in found]
 
 
 class Snapshot:
@@ -86,7 +85,7 @@ class Snapshot:
 
 def unreadable(x: Tensor | None) -> str | None:
     """Why the values of ``x`` cannot be looked at, or None if they can."""
-    if type(x) in _PLAIN and x.dtype in _REAL and x.layout is torch.strided and x.dim() and not x.is_meta:  # type: ignore[union-attr]
+    if _is_plain(x) and x.dim():
         return None
     if x is None:
         return "its input holds no tensor"
@@ -98,3 +97,8 @@ def unreadable(x: Tensor | None) -> str | None:
         return None
     what = f"on {x.device}" if x.is_meta else f"{x.dtype}, {x.layout}"
     return f"its input is a {type(x).__name__} without plain values ({what})"
+
+
+def _is_plain(x: Tensor | None) -> TypeGuard[Tensor]:
+    # By type first: what a lazy layer has not made yet has no other properties.
+    return type(x) in _PLAIN and x.dtype in _REAL and x.layout is torch.strided and not x.is_meta  # type: ignore[union-attr]

@@ -97,6 +97,10 @@ class Sight:
             self._pending.append(self.gradient)
         self._mask = None
 
+    def pending_bytes(self) -> int:
+        """What waits for being settled."""
+        return sum(taken.sample.nbytes for taken in self._pending if taken.sample is not None)
+
     def settle(self, quantiles: Array | None) -> None:
         """Read the samples, whose moments are there by now; ``quantiles`` of an input that had none yet."""
         if quantiles is not None:

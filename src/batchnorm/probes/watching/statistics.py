@@ -181,12 +181,15 @@ def percentiles(samples: Sequence[Array]) -> list[Array]:
             for place in places:
                 found[place] = np.full((units, len(LEVELS)), np.nan)
             continue
-        # In rows. NaN comes last, and spoils its row as everything does that is not finite.
-        ordered = np.sort(np.array([samples[place].T for place in places]), axis=2)
-        with np.errstate(all="ignore"):
-            levels = ordered.astype(np.float64) @ _weights(count)
-        for place, of_units in zip(places, levels, strict=True):
-            found[place] = of_units
+        together = max(1, _BLOCK // (count * units))
+        for start in range(0, len(places), together):
+            block = places[start : start + together]
+            # In rows. NaN comes last, and spoils its row as everything does that is not finite.
+            ordered = np.sort(np.array([samples[place].T for place in block]), axis=2)
+            with np.errstate(all="ignore"):
+                levels = ordered.astype(np.float64) @ _weights(count)
+            for place, of_units in zip(block, levels, strict=True):
+                found[place] = of_units.copy()
     return found
 
 
