@@ -25,6 +25,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("freezing.md", 2),
         ("test-time-adaptation.md", 2),
         ("inserting.md", 2),
+        ("watch.md", 5),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):

@@ -129,6 +129,37 @@ def test_half_precision_integers_and_single_rows():
     assert (watch.latest("0")["count"], watch.latest("0")["mean"]) == (1, [1.0, 2.0])
 
 
+def test_convolutions_without_a_batch_and_layers_without_channels():
+    with bn.watch(model := nn.Sequential(nn.Conv2d(3, 2, 2)), every=1, layers="0") as watch:
+        x = torch.randn(3, 5, 4)
+        model(x)
+    assert (watch.latest("0")["channels"], watch.latest("0")["count"]) == (3, 20)
+    assert watch.latest("0")["mean"] == pytest.approx(x.double().mean((1, 2)).tolist())
+    assert len(watch.latest("0")["output_mean"]) == 2
+    with bn.watch(model := nn.Sequential(nn.Identity()), every=1, layers="0") as watch:
+        model(torch.randn(4, 0))
+    assert (watch.latest("0")["channels"], watch.latest("0")["quantiles"]) == (0, [])
+
+
+def test_a_pass_that_fails_hides_nothing_of_the_next():
+    class Failing(nn.Sequential):
+        broken = True
+
+        def forward(self, x):
+            y = self[0](x)
+            if self.broken:
+                raise ZeroDivisionError
+            return self[1](y)
+
+    model = Failing(nn.BatchNorm1d(3), nn.Sigmoid())
+    with bn.watch(model, every=1) as watch:
+        with pytest.raises(ZeroDivisionError):
+            model(torch.randn(4, 3))
+        model.broken = False
+        model(torch.randn(4, 3))
+    assert watch.latest("0")["saturated"] == 0.0
+
+
 def test_lazy_layers():
     model = nn.Sequential(bn.nn.LazyBatchNorm1d())
     with bn.watch(model, every=1) as watch:

@@ -186,6 +186,17 @@ def test_a_model_compiled_in_place_is_refused():
         bn.watch(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    scripted = torch.jit.script(mlp())
+    with pytest.raises(bn.InputError, match="expected a model that runs in Python, got a scripted one"):
+        bn.watch(scripted, layers="1")
+    model = nn.Sequential(nn.BatchNorm1d(6), scripted)
+    with bn.watch(model, every=1) as watch:
+        train(model, torch.randn(8, 6))
+    assert watch.layers == ("0",)
+
+
 def test_exported_and_transformed_passes_are_left_alone():
     model, x = mlp().eval(), torch.randn(8, 6)
     with bn.watch(model, every=1, modes=("eval",)) as watch:
@@ -195,6 +206,12 @@ def test_exported_and_transformed_passes_are_left_alone():
         jacobian = torch.func.vmap(torch.func.jacrev(model))(x[:, None])
         assert jacobian.shape == (8, 1, 3, 1, 6)
     assert {record["step"] for record in watch.records} == {0}
+
+
+def test_data_parallel_without_devices():
+    model = nn.DataParallel(mlp())
+    watch = same_with_and_without(model, torch.randn(9, 6))
+    assert watch.layers == ("1", "4")
 
 
 def test_data_parallel_wrappers(tmp_path):

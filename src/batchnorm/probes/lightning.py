@@ -41,7 +41,7 @@ class WatchCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """The hooks go on before training; wrong arguments fail here and not after the first epoch."""
         if stage == "fit":
-            self.watch = watch(pl_module, **self._arguments)
+            self.watch, self._logged = watch(pl_module, **self._arguments), -1
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """A step begins."""
@@ -57,7 +57,7 @@ class WatchCallback(Callback):
         last = self.watch.last_step
         if last is not None and last > self._logged:
             self._logged = last
-            for logger in trainer.loggers:
+            for logger in trainer.loggers if trainer.is_global_zero else ():
                 logger.log_metrics(self.watch.scalars(), step=last)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002

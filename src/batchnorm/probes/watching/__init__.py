@@ -45,7 +45,7 @@ def watch(
         layers: None for all batch norms (torch's, ours, frozen ones); or names, glob patterns, types, modules,
             predicates ``(name, module) -> bool``, or a list of such.
         units: how many channels of a layer are looked at, spread evenly; None for all.
-        max_records: looks that are kept; with more, every second goes, again and again. One takes up to 20 KB a layer.
+        max_records: looks that are kept; with more, every second goes, again and again. One takes about 20 KB a layer.
         modes: which passes: "train", "eval" or both. The first is what ``step`` counts. Passes of the other are counted
             by themselves, and recorded under the step of their time.
         on_look: called with the watch when a look is complete: after its backward pass, or, where that does not
@@ -55,6 +55,6 @@ def watch(
 
     Raises:
         InputError: an argument makes no sense; ``layers`` fits nothing; there is no batch norm and ``layers`` is None;
-            the model was compiled in place.
+            the model was compiled in place, or scripted.
     """
     return Watch(model, every, layers, units, max_records, modes, on_look, manual)

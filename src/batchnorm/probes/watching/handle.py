@@ -54,6 +54,8 @@ class Watch:
     ) -> None:
         _check(every, units, max_records, modes)
         inner, _ = unwrapped(model)
+        if isinstance(inner, torch.jit.ScriptModule):
+            raise InputError("expected a model that runs in Python, got a scripted one: watch it before torch.jit")
         self.model, self.step = model, 0
         self.unseen: dict[str, str] = {}
         self._kinds = {layer.name: Kind(layer.name, layer.module) for layer in chosen(inner, layers)}
@@ -117,11 +119,14 @@ class Watch:
         if counts:
             self.step += 1
 
-    def end_step(self) -> None:
-        """The pass is over. Gradients that come afterwards still belong to it."""
-        if in_backward():
-            return
-        self._disarm()
+    def end_step(self, whole: bool = True) -> None:
+        """The pass is over. Gradients that come afterwards still belong to it.
+
+        Args:
+            whole: False where it broke off: then it does not tell which activation follows a layer.
+        """
+        if not in_backward():
+            self._disarm(whole)
 
     def _arm(self, look: Look) -> None:
         if not passes_can_be_seen(self._armed):
@@ -158,7 +163,7 @@ class Watch:
             look.scheduled = True
             torch.autograd.Variable._execution_engine.queue_callback(self._complete)
 
-    def _disarm(self) -> None:
+    def _disarm(self, whole: bool = False) -> None:
         self._armed.close()
         look, self._now = self._now, None
         if look is None:
@@ -168,8 +173,9 @@ class Watch:
         if not look.sights:
             return
         for name, sight in look.sights.items():
-            kind = self._kinds[name]
-            kind.follower, kind.followed = sight.follower, True
+            if whole and sight.output is not None:
+                kind = self._kinds[name]
+                kind.follower, kind.followed = sight.follower, True
         self._open = look
         self._keep(look)
         if not look.waiting:

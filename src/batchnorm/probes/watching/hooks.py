@@ -21,13 +21,13 @@ class RootHook:
     def __init__(self, watch: Watch, begins: bool) -> None:
         self.watch, self.begins = watch, begins
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, *seen: Any) -> None:
         if torch.compiler.is_compiling():
             return
         if self.begins:
             self.watch.begin_step()
         else:
-            self.watch.end_step()
+            self.watch.end_step(whole=seen[-1] is not None)  # what a pass that fails returns
 
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _no_hook, ()

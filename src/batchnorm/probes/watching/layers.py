@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from batchnorm._errors import InputError
@@ -35,6 +36,8 @@ def chosen(model: nn.Module, layers: Layers) -> list[Layer]:
     for path, module in model.named_modules(remove_duplicate=False):
         name = ".".join(part for part in path.split(".") if part not in _WRAPPED)
         # A wrapper and what it wraps have one name: the inner module comes later and is the one that is meant.
+        if isinstance(module, torch.jit.ScriptModule):  # its layers run no hooks
+            continue
         if name and any(getattr(module, part, None) is not None for part in _WRAPPED):
             continue
         names.setdefault(module, []).append(name)

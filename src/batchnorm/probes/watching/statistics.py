@@ -66,6 +66,8 @@ def channel_axis(module: nn.Module, x: Tensor) -> int:
     """Where the channels of an input or output of ``module`` are: last for linear layers and their like, else 1."""
     if x.dim() == 2 or isinstance(module, _CHANNELS_LAST):
         return -1
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return x.dim() - len(module.kernel_size) - 1  # 0 without a batch
     normalized = getattr(module, "normalized_shape", None)
     if isinstance(normalized, tuple) and normalized and normalized[-1] == x.shape[-1]:
         return -1
@@ -102,6 +104,8 @@ def take(x: Tensor, axis: int, limit: int | None, mask: Tensor | None = None, sa
         sampled: with False, no sample of a tensor that is larger than one.
     """
     values = laid_out(x, axis, mask)
+    if values.device.type == "mps":
+        values = values.cpu()  # there is no float64 there
     channels = values.shape[1]
     count = values.numel() // channels if channels else 0
     taken = Taken(count, channels, spacing(channels, limit))
@@ -148,7 +152,7 @@ def settle(taken: Sequence[Taken]) -> None:
                 each.moments = nothing, nothing
             continue
         share = np.full(count, 1.0 / count)
-        together = max(1, _BLOCK // (count * units))
+        together = max(1, _BLOCK // max(1, count * units))
         for start in range(0, len(group), together):
             block = group[start : start + together]
             # Side by side: long rows are what NumPy is quick with.
@@ -181,7 +185,7 @@ def percentiles(samples: Sequence[Array]) -> list[Array]:
             for place in places:
                 found[place] = np.full((units, len(LEVELS)), np.nan)
             continue
-        together = max(1, _BLOCK // (count * units))
+        together = max(1, _BLOCK // max(1, count * units))
         for start in range(0, len(places), together):
             block = places[start : start + together]
             # In rows. NaN comes last, and spoils its row as everything does that is not finite.
