@@ -215,12 +215,13 @@ def test_looks_follow_the_steps():
 
 def test_steps_of_accumulated_gradients_are_looked_at_once():
     model = mlp()
-    with bn.watch(model, every=2, layers="1") as watch:
+    with bn.watch(model, every=2, layers="1", modes=("train", "eval")) as watch:
         for step in range(4):
             for _ in range(3):
                 watch.step = step
-                model(inputs(model)).sum().backward()
-    assert [r["step"] for r in watch.records] == [0, 2]
+                model.train()(inputs(model)).sum().backward()
+                model.eval()(inputs(model))
+    assert [r["step"] for r in watch.records if r["mode"] == "train"] == [0, 2]
 
 
 def test_modes():

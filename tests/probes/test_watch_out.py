@@ -83,7 +83,10 @@ def test_tensorboard(tmp_path):
     with SummaryWriter(tmp_path) as writer, bn.watch(model, every=2) as watch:
         train(model, inputs(model), steps=3)
         watch.to_tensorboard(writer)
-        train(model, inputs(model), steps=3)
+        train(model, inputs(model), steps=1)
+        y = model(inputs(model))
+        watch.to_tensorboard(writer)  # the gradients of step 4 are still to come
+        y.sum().backward()
         watch.to_tensorboard(writer)
         watch.to_tensorboard(writer)
     found = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0})

@@ -63,6 +63,7 @@ class Watch:
         self._every, self.units, self._max, self._on_look = every, units, max_records, on_look
         self._modes = dict.fromkeys(modes, 0)  # how many passes there were of each
         self._counting = modes[0]
+        self._looked_at: int | None = None  # the last step that was
         self._looks: list[Look] = []
         self._number, self._stride = 0, 1
         self._now: Look | None = None  # a pass under way that is looked at
@@ -114,8 +115,10 @@ class Watch:
         place = self.step if counts else self._modes[mode]
         self._modes[mode] += 1
         wanted = self._every(place) if callable(self._every) else place % self._every == 0
-        if wanted and not (counts and any(look.mode == mode and look.step == self.step for look in self._looks[-1:])):
+        if wanted and not (counts and self._looked_at == self.step):
             self._arm(Look(self.step, mode, self._number))
+            if counts:
+                self._looked_at = self.step
         if counts:
             self.step += 1
 
@@ -248,8 +251,9 @@ class Watch:
         return out.scalars(self.layers, [sight for look in looks for sight in look.settled()])
 
     def to_tensorboard(self, writer: SummaryWriter) -> None:
-        """Write every look that this writer has not had from here: scalars, and histograms over units."""
-        out.to_tensorboard(self, writer, [(look.number, look.settled()) for look in self._looks])
+        """Write every complete look that this writer has not had from here: scalars, and histograms over units."""
+        complete = [look for look in self._looks if look is not self._open]
+        out.to_tensorboard(self, writer, [(look.number, look.settled()) for look in complete])
 
     def save(self, path: str | Path) -> None:
         """Write the records, one JSON object a line; :func:`load_records` reads them. Raises OutputError."""
