@@ -160,6 +160,17 @@ def test_a_pass_that_fails_hides_nothing_of_the_next():
     assert watch.latest("0")["saturated"] == 0.0
 
 
+def test_layers_that_change_their_type():
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3))
+    with bn.watch(model, every=1, layers=nn.LayerNorm) as watch:
+        model(torch.randn(4, 3))
+        model[1].double()  # the same parameters, with other data
+        model[1](model[0](torch.randn(4, 3)).double())
+        model.double()
+        model(torch.randn(4, 3).double())
+    assert [record["weight"] for record in watch.records] == [[1.0] * 3] * 4
+
+
 def test_lazy_layers():
     model = nn.Sequential(bn.nn.LazyBatchNorm1d())
     with bn.watch(model, every=1) as watch:

@@ -18,7 +18,7 @@ def watch(
     every: Every = 20,
     layers: Layers = None,
     *,
-    units: int | None = 64,
+    units: int | None = 32,
     max_records: int = 128,
     modes: tuple[str, ...] = ("train",),
     on_look: Callable[[Watch], object] | None = None,
@@ -45,7 +45,7 @@ def watch(
         layers: None for all batch norms (torch's, ours, frozen ones); or names, glob patterns, types, modules,
             predicates ``(name, module) -> bool``, or a list of such.
         units: how many channels of a layer are looked at, spread evenly; None for all.
-        max_records: looks that are kept; with more, every second goes, again and again. One takes about 20 KB a layer.
+        max_records: looks that are kept; with more, every second goes, again and again. One takes about 10 KB a layer.
         modes: which passes: "train", "eval" or both. The first is what ``step`` counts. Passes of the other are counted
             by themselves, and recorded under the step of their time.
         on_look: called with the watch when a look is complete: after its backward pass, or, where that does not

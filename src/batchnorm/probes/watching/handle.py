@@ -18,7 +18,7 @@ from batchnorm.nn.recognition import unwrapped
 from batchnorm.ops.averages import in_backward
 from batchnorm.probes.watching import out
 from batchnorm.probes.watching.hooks import RootHook, passes_can_be_seen
-from batchnorm.probes.watching.kinds import Kind, Snapshot
+from batchnorm.probes.watching.kinds import Kind, Parameters
 from batchnorm.probes.watching.layers import Layers, chosen, flat_ends, is_rectifier
 from batchnorm.probes.watching.looks import Look, Seeing, settle_looks
 
@@ -59,6 +59,7 @@ class Watch:
         self.model, self.step = model, 0
         self.unseen: dict[str, str] = {}
         self._kinds = {layer.name: Kind(layer.name, layer.module) for layer in chosen(inner, layers)}
+        self._parameters = Parameters(self._kinds.values())
         self._activations = [module for module in inner.modules() if is_rectifier(module) or flat_ends(module)]
         self._every, self.units, self._max, self._on_look = every, units, max_records, on_look
         self._modes = dict.fromkeys(modes, 0)  # how many passes there were of each
@@ -136,7 +137,7 @@ class Watch:
             return
         self._complete()
         self._now = look
-        look.parameters = Snapshot(self._kinds.values())
+        look.parameters = self._parameters.copy()
         hold = self._armed.callback
         for kind in self._kinds.values():
             see = Seeing(self, look, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
@@ -13,6 +14,8 @@ from batchnorm.probes.watching.layers import flat_ends, rectifies
 from batchnorm.probes.watching.statistics import as_array
 
 PARAMETERS = ("weight", "bias", "running_mean", "running_var")
+Places = list[tuple[str, int, int]]
+"""A layer's name, which of :data:`PARAMETERS`, how many numbers."""
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 _FLOATING = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
@@ -32,6 +35,7 @@ class Kind:
         # Torch's own modules and batch norms leave their input alone unless they say so; of others nothing is known.
         known = self.normalizes or type(module).__module__.startswith("torch.nn.modules.")
         self.overwrites = not known or isinstance(module, _HOLDERS) or bool(getattr(module, "inplace", False))
+        self.has_eps = hasattr(module, "eps")
         self.follower: nn.Module | None = None
         self.followed = False  # whether a look has shown what follows
 
@@ -46,38 +50,65 @@ class Kind:
         return int(getattr(self.module, "ddof", 1))
 
     def parameters(self) -> list[Tensor | None]:
-        """:data:`PARAMETERS` of a normalization that are one number a channel.
+        """:data:`PARAMETERS` of a normalization, as its dictionaries hold them; of others None.
 
         Not by attribute: a parametrization may compute, or move a state of its own, whenever it is asked.
         """
-        module = self.module
-        if not hasattr(module, "eps"):
+        if not self.has_eps:
             return [None] * len(PARAMETERS)
-        found = [module._parameters.get(name, module._buffers.get(name)) for name in PARAMETERS]
-        return [each if _is_plain(each) and each.dim() == 1 else None for each in found]
+        parameters, buffers = self.module._parameters, self.module._buffers
+        return [parameters.get(name, buffers.get(name)) for name in PARAMETERS]
 
 
-class Snapshot:
-    """Copies of the parameters of all layers, made in one go: one call for each type and device."""
+class Parameters:
+    """The parameters of all watched layers: one copy for each type and device, made in one call."""
 
     def __init__(self, kinds: Iterable[Kind]) -> None:
-        self._sizes: dict[tuple[torch.dtype, torch.device], list[tuple[str, int, int]]] = {}
-        groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for kind in kinds:
-            for place, tensor in enumerate(kind.parameters()):
-                if tensor is not None:
-                    key = tensor.dtype, tensor.device
-                    groups.setdefault(key, []).append(tensor)
-                    self._sizes.setdefault(key, []).append((kind.name, place, len(tensor)))
+        self._kinds = list(kinds)
+        self._found: list[Tensor | None] = []
+        self._groups: list[tuple[list[Tensor], Places]] = []
+
+    def copy(self) -> Copies:
+        """What they are now."""
+        found = [tensor for kind in self._kinds for tensor in kind.parameters()]
+        # Training changes tensors in place: they are sorted anew only when a layer has others, or moved.
+        if len(found) != len(self._found) or not all(map(operator.is_, found, self._found)) or self._moved():
+            self._found, self._groups = found, self._sorted(found)
+            if any(tensor is not None and not _is_plain(tensor) for tensor in found):
+                self._found = []  # a lazy layer's may become plain
         with torch.no_grad():
-            self._copies = {key: torch.cat(tensors) for key, tensors in groups.items()}
+            return Copies([(torch.cat(tensors), places) for tensors, places in self._groups])
+
+    def _moved(self) -> bool:
+        return any(
+            tensor.dtype != tensors[0].dtype or tensor.device != tensors[0].device
+            for tensors, _ in self._groups
+            for tensor in tensors
+        )
+
+    def _sorted(self, found: list[Tensor | None]) -> list[tuple[list[Tensor], Places]]:
+        groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], Places]] = {}
+        for number, tensor in enumerate(found):
+            if _is_plain(tensor) and tensor.dim() == 1:
+                kind, place = divmod(number, len(PARAMETERS))
+                tensors, places = groups.setdefault((tensor.dtype, tensor.device), ([], []))
+                tensors.append(tensor)
+                places.append((self._kinds[kind].name, place, len(tensor)))
+        return list(groups.values())
+
+
+class Copies:
+    """Copies of the parameters of all layers."""
+
+    def __init__(self, copies: list[tuple[Tensor, Places]]) -> None:
+        self._copies = copies
 
     def read(self) -> dict[str, list[Any]]:
         """For each layer's name its four arrays, None for what is not there."""
         found: dict[str, list[Any]] = {}
-        for key, copy in self._copies.items():
+        for copy, places in self._copies:
             values, start = as_array(copy), 0
-            for name, place, size in self._sizes[key]:
+            for name, place, size in places:
                 found.setdefault(name, [None] * len(PARAMETERS))[place] = values[start : start + size]
                 start += size
         return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from batchnorm.ops.averages import in_backward
-from batchnorm.probes.watching.kinds import Kind, Snapshot
+from batchnorm.probes.watching.kinds import Copies, Kind
 from batchnorm.probes.watching.sight import Sight, settle_all
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Look:
     def __init__(self, step: int, mode: str, number: int) -> None:
         self.step, self.mode, self.number = step, mode, number
         self.sights: dict[str, Sight] = {}
-        self.parameters: Snapshot | None = None
+        self.parameters: Copies | None = None
         self.waiting: dict[str, Any] = {}  # for gradients: handles of hooks on outputs
         self.scheduled = False
 
