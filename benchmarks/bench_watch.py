@@ -60,7 +60,11 @@ def step(model: nn.Module, shape: tuple[int, ...]) -> Callable[[], None]:
 
 
 def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
-    """Seconds a step of each candidate, cycle by cycle in turn, and the ratios of medians to the unwatched model's."""
+    """Seconds a step of each candidate (medians), and the ratios to the unwatched model's cycle of the same round.
+
+    A ratio is a median over rounds: other programs slow down whole rounds. Who begins a round changes from one to the
+    next.
+    """
     steps, watches = {}, []
     for name, every in (("plain", None), ("between", NEVER), ("watched", EVERY)):
         torch.manual_seed(0)
@@ -70,7 +74,9 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], rounds: int) 
         steps[name] = step(model, shape)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
-        for name, run in steps.items():
+        names = list(steps)[turn % 3 :] + list(steps)[: turn % 3]
+        for name in names:
+            run = steps[name]
             began = time.perf_counter()
             for _ in range(EVERY):
                 run()
@@ -78,11 +84,13 @@ def measure(make: Callable[[], nn.Module], shape: tuple[int, ...], rounds: int) 
                 seconds[name].append((time.perf_counter() - began) / EVERY)
     for watch in watches:
         watch.remove()
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["plain"], strict=True))
+        for name in ("between", "watched")
+    }
     return {
-        "seconds": medians,
-        "between": medians["between"] / medians["plain"],
-        "watched": medians["watched"] / medians["plain"],
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        **ratios,
         "looks": len({record["step"] for record in watches[1].records}),
     }
 
@@ -91,7 +99,7 @@ def main() -> None:
     torch.set_num_threads(1)  # a look has one; and a small step on two waits for whatever else the machine does
     rows = []
     for name, (make, shape) in CASES.items():
-        rounds = 200 if len(shape) == 2 else 10
+        rounds = 300 if len(shape) == 2 else 21
         rows.append({"model": name, **measure(make, shape, rounds // 10 if options.quick else rounds)})
     columns = ("model", "between", "watched")
     show(
