@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
-from typing import Any
 
 from batchnorm.probes.distribution import PERCENTILES, InputPercentiles
 from batchnorm.probes.landscape import Landscape, landscape
@@ -13,9 +12,7 @@ from batchnorm.probes.shift import shift
 
 if TYPE_CHECKING:
     from batchnorm.probes.health import Diagnosis, Finding, diagnose, rules
-from batchnorm.probes.health import Diagnosis, Finding, diagnose, rules
-from batchnorm.probes.movement import movement, typical_unit
-from batchnorm.probes.watching import Watch, load_records, watch
+    from batchnorm.probes.watching import Watch, load_records, watch
 
 __all__ = [
     "PERCENTILES",
@@ -23,12 +20,11 @@ __all__ = [
     "Finding",
     "InputPercentiles",
     "Landscape",
+    "Watch",
     "chance",
     "diagnose",
     "distances",
     "landscape",
-    "Watch",
-    "diagnose",
     "load_records",
     "movement",
     "rules",
@@ -39,14 +35,15 @@ __all__ = [
 ]
 
 # What needs torch to be imported loads on first use: the report reads records without it.
-_HOMES = dict.fromkeys(("Diagnosis", "Finding", "diagnose", "rules"), "health")
+_HOMES = {
+    **dict.fromkeys(("Diagnosis", "Finding", "diagnose", "rules"), "health"),
+    **dict.fromkeys(("Watch", "load_records", "watch"), "watching"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"batchnorm.probes.{_HOMES[name]}"), name)
-
-def __getattr__(name: str) -> Any:
     if name == "lightning":  # the callbacks: their import takes seconds
         return importlib.import_module("batchnorm.probes.lightning")
     raise AttributeError(f"module 'batchnorm.probes' has no attribute {name!r}")
