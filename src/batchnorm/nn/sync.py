@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 
 from batchnorm._errors import InputError, ShapeError, SynchronizationError
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNormLayer
+from batchnorm.nn.twins import twin
 from batchnorm.ops import collectives
 from batchnorm.ops.functional import Activation, OnSingleValue
 
@@ -119,7 +120,7 @@ class SyncBatchNorm(_BatchNormLayer):
         if self.process_group is None:
             return distributed.group.WORLD
         if isinstance(self.process_group, SavedGroup):
-            found = _restored(self.process_group)
+            found = found_group(self.process_group)
             if isinstance(found, SavedGroup):
                 raise SynchronizationError(
                     f"expected the process group {found.name!r} of ranks {list(found.ranks)} that this layer was "
@@ -132,17 +133,14 @@ class SyncBatchNorm(_BatchNormLayer):
         """A process group is remembered by its name and ranks, here and in copies; what was agreed on is not."""
         state = self.__dict__.copy()
         del state["_agreed"]
-        if distributed.is_available() and isinstance(self.process_group, distributed.ProcessGroup):
-            ranks = distributed.get_process_group_ranks(self.process_group)
-            state["process_group"] = SavedGroup(self.process_group.group_name, tuple(ranks))
+        state["process_group"] = saved_group(self.process_group)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Finds the process group again where there is one of that name and those ranks."""
         super().__setstate__(state)
         self._agreed = weakref.WeakKeyDictionary()
-        if isinstance(self.process_group, SavedGroup):
-            self.process_group = _restored(self.process_group)
+        self.process_group = found_group(self.process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
@@ -165,7 +163,6 @@ _KNOWN = (
     *(torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm),
     *(BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm),
 )
-_POLICIES = ("activation", "ddof", "on_single_value", "inference_weight")
 
 
 def _converted(module: torch.nn.Module, process_group: Any) -> torch.nn.Module:
@@ -174,28 +171,19 @@ def _converted(module: torch.nn.Module, process_group: Any) -> torch.nn.Module:
     if type(module) not in _KNOWN:
         return module
     assert isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
-    # On the meta device: its own tensors are not needed.
-    twin = SyncBatchNorm(
-        module.num_features,
-        module.eps,
-        module.momentum,
-        module.affine,
-        module.track_running_stats,
-        process_group,
-        device="meta",
-        bias=module.bias is not None,
-        **{name: getattr(module, name) for name in _POLICIES if hasattr(module, name)},
-    )
-    for name in ("weight", "bias"):
-        twin.register_parameter(name, getattr(module, name))
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        twin.register_buffer(name, getattr(module, name))
-    return twin.train(module.training)
+    return twin(SyncBatchNorm, module, process_group=process_group)
 
 
-def _restored(saved: SavedGroup) -> Any:
-    """The group that was saved, or ``saved`` where there is none like it."""
-    if not distributed.is_available() or not distributed.is_initialized():
+def saved_group(group: Any) -> Any:
+    """A process group as it can be copied and pickled; anything else as it is."""
+    if distributed.is_available() and isinstance(group, distributed.ProcessGroup):
+        return SavedGroup(group.group_name, tuple(distributed.get_process_group_ranks(group)))
+    return group
+
+
+def found_group(saved: Any) -> Any:
+    """The group that was saved, or ``saved`` where there is none like it, or where it is no saved group."""
+    if not isinstance(saved, SavedGroup) or not distributed.is_available() or not distributed.is_initialized():
         return saved
     resolve: Any = torch._C._distributed_c10d._resolve_process_group
     try:
