@@ -109,7 +109,7 @@ def test_a_wrapper_is_looked_through():
         ("layer1.0.bn3", r"got 'layer1.0.bn3', which none has: is it 'layer1.0.bn\d', 'layer1.0.bn\d', '.*'\?"),
         ("zzz*", "got 'zzz\\*', which none has: is it 'stem', 'layer1.0.bn1', 'again'"),
         (["stem", "haed"], "got 'haed', which none has: is it 'head'"),
-        ("layer1.0.conv", "expected a layer that can be chosen at or below 'layer1.0.conv', got Conv2d"),
+        ("layer1.0.conv", "expected a batch norm at or below 'layer1.0.conv', got Conv2d"),
         (3, "expected layers to be names, globs, classes of modules or a predicate of name and module, got 3"),
         (
             nn.ReLU(),

@@ -22,6 +22,7 @@ def select(
     layers: Layers | None = None,
     frozen: bool = False,
     among: Callable[[nn.Module], bool] | None = None,
+    called: str = "a batch norm",
 ) -> list[Layer]:
     """The batch norms of ``model`` that ``layers`` chooses, each once, in the order of ``named_modules``.
 
@@ -33,6 +34,7 @@ def select(
             The prefix of a parallel wrapper or of ``torch.compile`` may be left out.
         frozen: with True, layers that are constant by their class can be chosen too.
         among: which modules can be chosen, where that is not the batch norms.
+        called: what such a module is, for messages.
 
     Raises:
         InputError: (ValueError) a name or glob that finds nothing; ``layers`` is none of the above. Classes and
@@ -47,7 +49,7 @@ def select(
         return [layer for layer in candidates if any(layers(name, layer.module) for name in layer.names)]
     chosen: set[nn.Module] = set()
     for wanted in _several(layers):
-        chosen.update(layer.module for layer in _matching(model, wanted, candidates))
+        chosen.update(layer.module for layer in _matching(model, wanted, candidates, called))
     return [layer for layer in candidates if layer.module in chosen]
 
 
@@ -73,7 +75,7 @@ def _several(layers: Any) -> Sequence[Any]:
     )
 
 
-def _matching(model: nn.Module, wanted: Any, candidates: list[Layer]) -> list[Layer]:
+def _matching(model: nn.Module, wanted: Any, candidates: list[Layer], called: str) -> list[Layer]:
     if isinstance(wanted, type) and issubclass(wanted, nn.Module):
         return [layer for layer in candidates if isinstance(layer.module, wanted)]
     if not isinstance(wanted, str):
@@ -91,16 +93,16 @@ def _matching(model: nn.Module, wanted: Any, candidates: list[Layer]) -> list[La
 
     found = [layer for layer in candidates if any(matches(name) for name in layer.names)]
     if not found:
-        raise InputError(_nothing_at(model, wanted, prefix, candidates))
+        raise InputError(_nothing_at(model, wanted, prefix, candidates, called))
     return found
 
 
-def _nothing_at(model: nn.Module, wanted: str, prefix: str, candidates: list[Layer]) -> str:
+def _nothing_at(model: nn.Module, wanted: str, prefix: str, candidates: list[Layer], called: str) -> str:
     modules = dict(model.named_modules(remove_duplicate=False))
     there = modules.get(wanted, modules.get(prefix + wanted))
     if there is not None:
-        return f"expected a layer that can be chosen at or below {wanted!r}, got {type(there).__name__}"
+        return f"expected {called} at or below {wanted!r}, got {type(there).__name__}"
     names = [name.removeprefix(prefix) for layer in candidates for name in layer.names]
     close = difflib.get_close_matches(wanted, names, n=3) or names[:3]
     hint = f"is it {', '.join(repr(name) for name in close)}?" if close else "the model has none"
-    return f"expected the name or glob of layers, got {wanted!r}, which none has: {hint}"
+    return f"expected the name or glob of {called}, got {wanted!r}, which none has: {hint}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @contextmanager
@@ -24,7 +25,8 @@ def unchanged_on_error(model: nn.Module, parameters: bool = False) -> Iterator[N
     """
     held = {module: (type(module), _contents(module)) for module in model.modules()}
     kept: list[Tensor] = [*model.buffers(), *(model.parameters() if parameters else ())]
-    values = [(tensor, tensor.detach().clone()) for tensor in kept]
+    # Those of a lazy module that has seen no input have no values yet.
+    values = [(tensor, tensor.detach().clone()) for tensor in kept if not is_lazy(tensor)]
     frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
         yield
@@ -36,7 +38,8 @@ def unchanged_on_error(model: nn.Module, parameters: bool = False) -> Iterator[N
             for tensor, value in values:
                 tensor.copy_(value)
         for parameter, learns in frozen.items():
-            parameter.requires_grad_(learns)
+            if parameter.requires_grad != learns:
+                parameter.requires_grad_(learns)
         raise
 
 
