@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose, watch
     from batchnorm.surgery import adapt, changes, freeze, insert, recalibrate, unfreeze
+    from batchnorm.probes import diagnose
+    from batchnorm.surgery import adapt, changes, convert, freeze, insert, recalibrate, revert, unfreeze
 
 __version__ = "0.1.0"
 
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "adapt",
     "changes",
+    "convert",
     "diagnose",
     "freeze",
     "insert",
@@ -64,6 +67,7 @@ __all__ = [
     "probes",
     "recalibrate",
     "report",
+    "revert",
     "study",
     "surgery",
     "unfreeze",
@@ -74,10 +78,12 @@ _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report",
 _FUNCTIONS = {
     "adapt": "surgery",
     "changes": "surgery",
+    "convert": "surgery",
     "diagnose": "probes",
     "freeze": "surgery",
     "insert": "surgery",
     "recalibrate": "surgery",
+    "revert": "surgery",
     "unfreeze": "surgery",
     "watch": "probes",
 }

@@ -7,6 +7,7 @@ from batchnorm.surgery.adapt import adapt
 from batchnorm.surgery.adapted import Adapted
 from batchnorm.surgery.averaging import averaged_model
 from batchnorm.surgery.changes import Change, Changes, changes
+from batchnorm.surgery.convert import convert, revert
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.insert import Normalized, insert
 from batchnorm.surgery.recalibrate import recalibrate
@@ -21,9 +22,11 @@ __all__ = [
     "adapt",
     "averaged_model",
     "changes",
+    "convert",
     "freeze",
     "frozen_parts",
     "insert",
     "recalibrate",
+    "revert",
     "unfreeze",
 ]
