@@ -26,6 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("test-time-adaptation.md", 2),
         ("inserting.md", 2),
         ("watch.md", 5),
+        ("surgery.md", 4),
     ],
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):
