@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import batchnorm as bn
+from batchnorm.surgery.conversion import origin, sources
 from nn.random_state import randomise
 from surgery.description import describe
 
+KINDS_KNOWN = [*sources._RANKS]
 SAME_TENSORS = {"sync": {}, "ghost": {"virtual_batch_size": 2}, "renorm": {}, "ours": {}}
 
 
@@ -137,13 +139,14 @@ def test_the_root_itself():
 def test_attributes_children_and_tensors_of_a_user():
     model = nn.Sequential(nn.BatchNorm2d(3))
     model[0].tag = {"a": 1}
-    model[0].probe = nn.Linear(1, 1)
+    model[0].probe = model[0].act = nn.Linear(1, 1)  # "act" is timm's name for something else
     model[0].register_buffer("seen", torch.ones(1), persistent=False)
     model[0].extra = nn.Parameter(torch.ones(1))
     tag, probe, seen, extra = model[0].tag, model[0].probe, model[0].seen, model[0].extra
     for to in ("sync", "frozen", "group"):
         bn.convert(model, to)
         assert (model[0].tag, model[0].probe, model[0].seen, model[0].extra) == (tag, probe, seen, extra)
+        assert model[0].act is probe
         assert "0.seen" not in model.state_dict()
     model[0].late = "set afterwards"
     model[0].register_buffer("later", torch.zeros(2))
@@ -167,6 +170,13 @@ def test_a_batch_norm_inside_another():
     bn.convert(model, "frozen", "0.aside")
     bn.revert(model)
     assert describe(model) == before
+
+
+@pytest.mark.parametrize("kind", KINDS_KNOWN, ids=lambda kind: f"{kind.__module__.split('.')[0]}-{kind.__name__}")
+def test_what_a_layer_has_by_its_class_is_known(kind):
+    """What is not known to be the class's would be taken for a user's and go along."""
+    layer = kind(2, **({"virtual_batch_size": 2} if "Ghost" in kind.__name__ else {}))
+    assert set(vars(layer)) <= origin._MODULE | origin._SETTINGS
 
 
 class Doubled(nn.Module):

@@ -65,7 +65,8 @@ def take_over(source: Source, made: nn.Module, absorbed: bool) -> None:
         # Parametrized, pruned or the like: made of others, by the class or by a hook.
         if name not in old._parameters and name not in old._buffers:
             made._parameters.pop(name, None)
-    tail = {"drop", "act"} if absorbed else set()
+    # Of another layer, children of these names are a user's.
+    tail = {"drop", "act"} if absorbed and (source.drop is not None or source.act is not None) else set()
     for kind in _KINDS:
         there, here = getattr(old, kind), getattr(made, kind)
         here.update({name: thing for name, thing in there.items() if name not in {*_STANDARD, *here, *tail}})
