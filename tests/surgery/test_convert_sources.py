@@ -281,3 +281,20 @@ def test_the_mode_reaches_a_fused_activation_on_the_way_back(timm):
     model = bn.convert(nn.Sequential(timm.BatchNormAct2d(3)), "ours").eval()
     bn.revert(model)
     assert [module.training for module in model.modules()] == [False] * 4
+
+
+@pytest.mark.parametrize("part", ["affine", "update", "use"])
+def test_what_freeze_holds_is_to_be_thawed_first(part):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    freezing = {name: name == part for name in ("affine", "update", "use")}
+    bn.freeze(model, "1", **freezing)
+    before = describe(model)
+    with pytest.raises(bn.SurgeryError, match="not held by freeze, got BatchNorm2d at '1': unfreeze it first"):
+        bn.convert(model, "sync")
+    assert describe(model) == before
+    bn.convert(model, "sync", "0")
+    bn.freeze(model, "0", **freezing)
+    with pytest.raises(bn.SurgeryError, match="got SyncBatchNorm at '0': unfreeze it first"):
+        bn.revert(model)
+    bn.revert(bn.unfreeze(model))
+    assert type(model[0]) is nn.BatchNorm2d

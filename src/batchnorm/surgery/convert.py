@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
-from batchnorm.nn.recognition import Layer, is_batch_norm, is_frozen, unwrapped
+from batchnorm.nn.recognition import Layer, frozen_parts, is_batch_norm, is_frozen, unwrapped
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.conversion import origin, policies, sources
 from batchnorm.surgery.conversion.optimizers import Exchange, Optimizers, mend, several
@@ -139,6 +139,7 @@ def revert(model: nn.Module, layers: Layers | None = None, *, optimizer: Optimiz
     with unchanged_on_error(model):
         used = _users(model)
         for layer in found:
+            _check_thawed(layer)
             made, lost = origin.restored(layer.module, _elsewhere(used, layer.module))
             exchanged[layer.module] = made
             told.append(_change(layer, layer.module, made, lost))
@@ -156,6 +157,7 @@ def _made(
     is_function = not isinstance(to, str | type)
     if not is_function and _is_it(layer, to, options):
         return None
+    _check_thawed(found)
     if origin.was_converted(layer):
         layer, lost = origin.restored(layer, elsewhere)
         if not is_function and _is_it(layer, to, options):
@@ -180,6 +182,14 @@ def _made(
     origin.take_over(source, made, absorbed)
     told.append(_change(found, found.module, made, lost, policies.note(to, made)))
     return made
+
+
+def _check_thawed(found: Layer) -> None:
+    if frozen_parts(found.module):
+        raise SurgeryError(
+            f"expected layers that are not held by freeze, got {type(found.module).__name__} at "
+            f"{sources.where(found.name)}: unfreeze it first"
+        )
 
 
 def _is_it(layer: nn.Module, to: str | type[nn.Module], options: Mapping[str, Any]) -> bool:
