@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from batchnorm.surgery import adapt, changes, freeze, insert, recalibrate, unfreeze
     from batchnorm.probes import diagnose
     from batchnorm.surgery import adapt, changes, convert, freeze, insert, recalibrate, revert, unfreeze
+    from batchnorm.probes import diagnose
+    from batchnorm.surgery import adapt, changes, fold, freeze, insert, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -58,6 +60,7 @@ __all__ = [
     "changes",
     "convert",
     "diagnose",
+    "fold",
     "freeze",
     "insert",
     "moments",
@@ -80,6 +83,7 @@ _FUNCTIONS = {
     "changes": "surgery",
     "convert": "surgery",
     "diagnose": "probes",
+    "fold": "surgery",
     "freeze": "surgery",
     "insert": "surgery",
     "recalibrate": "surgery",

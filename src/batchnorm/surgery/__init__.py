@@ -8,6 +8,7 @@ from batchnorm.surgery.adapted import Adapted
 from batchnorm.surgery.averaging import averaged_model
 from batchnorm.surgery.changes import Change, Changes, changes
 from batchnorm.surgery.convert import convert, revert
+from batchnorm.surgery.fold import fold
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.insert import Normalized, insert
 from batchnorm.surgery.recalibrate import recalibrate
@@ -23,6 +24,7 @@ __all__ = [
     "averaged_model",
     "changes",
     "convert",
+    "fold",
     "freeze",
     "frozen_parts",
     "insert",

@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import weakref
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    Model = nn.Module | ExportedProgram
 
 log = logging.getLogger("batchnorm.surgery")
 
@@ -50,10 +55,10 @@ class Changes(tuple[Change, ...]):
 
 
 # Beside the models, not in them: a model that goes to a file or another process must not need this package there.
-_history: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, Changes]]] = weakref.WeakKeyDictionary()
+_history: weakref.WeakKeyDictionary[Model, list[tuple[str, Changes]]] = weakref.WeakKeyDictionary()
 
 
-def changes(model: nn.Module, last: bool = True) -> Changes:
+def changes(model: Model, last: bool = True) -> Changes:
     """What the package changed in ``model``, in this process.
 
     Args:
@@ -69,7 +74,7 @@ def changes(model: nn.Module, last: bool = True) -> Changes:
     return Changes(change for _, found in done for change in found)
 
 
-def remember(model: nn.Module, operation: str, found: list[Change], before: nn.Module | None = None) -> Changes:
+def remember(model: Model, operation: str, found: list[Change], before: Model | None = None) -> Changes:
     """Keep what ``operation`` did, log it, and return it.
 
     Args:
