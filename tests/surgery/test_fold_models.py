@@ -288,6 +288,12 @@ def test_wrappers_are_taken_off_and_that_is_said():
     assert "the model: is the model inside torch.compile, which it is not in: wrap it again" in str(bn.changes(folded))
     folded = bn.fold(nn.DataParallel(model), IMAGE)
     assert "inside DataParallel" in str(bn.changes(folded))
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        folded = bn.fold(torch.compile(nn.parallel.DistributedDataParallel(model)), IMAGE, strict=True)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "inside torch.compile and DistributedDataParallel" in str(bn.changes(folded))
     inside = nn.Sequential(torch.compile(model), nn.ReLU()).eval()
     folded = bn.fold(inside, IMAGE)
     assert type(folded[0]) is nn.Sequential

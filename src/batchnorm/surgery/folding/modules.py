@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -46,10 +44,10 @@ def _norm(model: nn.Module, layer: Layer, wiring: Wiring, shared: set[int], read
     calls, rest = wiring.of(module), rest_of(module)
 
     def remove() -> None:
-        kept = copy.deepcopy(rest).train(module.training)
+        rest.train(module.training)
         for name in layer.names:
             parent, _, key = name.rpartition(".")
-            setattr(model.get_submodule(parent), key, kept)
+            setattr(model.get_submodule(parent), key, rest)
 
     plain = isinstance(rest, nn.Identity)
     norm = Norm(layer.name, kind, calls, lambda: affine_of(module), plain, remove)

@@ -162,7 +162,7 @@ class Plan:
             for reader in readers:
                 taker = self.takers[reader.index]
                 self._check(norm, taker, between)
-                match = Match(taker, self._read(step, reader, taker, len(affine.shift)))
+                match = Match(taker, self._read(step, reader, taker, between, len(affine.shift)))
                 key = id(taker)
                 if key in matches and not torch.equal(matches[key].owners, match.owners):
                     raise Left(f"calls of {taker.label} read different channels of it")
@@ -174,7 +174,11 @@ class Plan:
             write()
         return [match.taker for match in matches.values()]
 
-    def _read(self, step: Step, reader: Step, taker: Taker, width: int) -> Tensor:
+    def _read(self, step: Step, reader: Step, taker: Taker, between: list[Step], width: int) -> Tensor:
+        if all(each.passes for each in between) and reader.input_shape:
+            if taker.axis % len(reader.input_shape) != 1 or taker.inputs != width:
+                raise Left(f"its channels are along another axis than those of {taker.label}")
+            return torch.arange(width)
         names = channels.labels(width)
         known = {step.index: channels.spread(names, step.output_shape, 1)}
         found = channels.replay(self.wiring, reader.inputs[0], known)

@@ -36,6 +36,11 @@ class ProgramEditor:
         self.module = copy.deepcopy(program.graph_module)
         self.graph = self.module.graph
         self.signature = copy.deepcopy(program.graph_signature)
+        # A copied graph gives some nodes other names.
+        names = {old.name: new.name for old, new in zip(program.graph.nodes, self.graph.nodes, strict=True)}
+        for spec in (*self.signature.input_specs, *self.signature.output_specs):
+            if hasattr(spec.arg, "name"):
+                spec.arg.name = names.get(spec.arg.name, spec.arg.name)
         self.state: dict[str, Any] = dict(program.state_dict)
         self.constants: dict[str, Any] = dict(program.constants)
         self.paths = {spec.arg.name: spec.target for spec in self.signature.input_specs if spec.target is not None}
@@ -168,10 +173,6 @@ def _norm(editor: ProgramEditor, node: fx.Node, wiring: Wiring) -> Norm:
     keys = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (editor.tensor(given[key]) for key in keys)
     name = editor.paths[given["running_mean"].name].rpartition(".")[0] if mean is not None else node.name
-    if given["running_mean"] is None:
-        raise SurgeryError(
-            f"expected batch norms with running statistics, got {name} without: there is nothing to fold"
-        )
     eps = float(given["eps"] if "eps" in given else given["epsilon"])
     call = wiring.steps[editor.index[node]]
     tensors = dict(zip(keys, (mean, var, weight, bias), strict=True))
@@ -283,4 +284,9 @@ def _is_tuple(node: fx.Node) -> bool:
 
 
 def _in_training(node: fx.Node) -> SurgeryError:
+    if bound(node).get("running_mean") is None:
+        return SurgeryError(
+            f"expected batch norms with running statistics, got {node.name} without, which normalizes by its batch: "
+            "there is no constant to fold"
+        )
     return SurgeryError(f"expected a program of a model in eval mode, got {node.name} in training: export model.eval()")

@@ -60,6 +60,8 @@ class Reference:
             ) from error
         if not self.outputs[0]:
             raise SurgeryError("expected a model that gives tensors, got none to compare: give a forward_fn that does")
+        if not difference(self.outputs[0], self.outputs[0]) <= 0:
+            raise SurgeryError("expected finite outputs on the example, got a tensor of NaN or infinities alone")
         again = run(model, example, forward_fn, seed=1)
         if not difference(self.outputs[0], again) <= 0.1 * rtol:
             raise SurgeryError(
