@@ -21,6 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
         ("domain-adaptation.md", 5),
         ("front.md", 8),
         ("sources.md", 4),
+        ("folding.md", 3),
         ("recalibration.md", 5),
         ("freezing.md", 2),
         ("test-time-adaptation.md", 2),

@@ -235,6 +235,11 @@ def test_classes_with_a_forward_of_their_own_are_tried():
     left_because(nn.Sequential(conv(), learned(Odd(4))), IMAGE, "its forward is not that of a batch norm")
 
 
+def test_a_batch_norm_of_a_parameter_is_left():
+    model = Model(lambda s, x: x + s.norm(s.tokens), tokens=nn.Parameter(torch.randn(2, 3, 8, 8)), norm=norm(3))
+    left_because(model, IMAGE, "its input is not from a layer of the model")
+
+
 def test_a_mask_or_a_residual_in_the_call_is_left():
     model = Model(lambda s, x: s.norm(s.conv(x), residual=s.other(x)), conv=conv(), other=conv())
     model.norm = learned(bn.nn.BatchNorm2d(4))

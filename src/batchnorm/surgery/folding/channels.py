@@ -92,6 +92,8 @@ def before(wiring: Wiring, step: Step, sources: set[int]) -> tuple[list[Step], l
         else:
             raise Left(f"its input comes from {here.label}, which cannot take it up")
 
+    if not step.inputs or not step.input_shape:
+        raise Left("its input is not from a layer of the model")
     walk(step.inputs[0], step)
     return found, between
 

@@ -130,7 +130,7 @@ class Plan:
     def _owners(
         self, step: Step, sources: list[Step], takers: list[Taker], between: list[Step], width: int
     ) -> list[Match]:
-        rank = len(step.input_shape or ())
+        rank = len(step.input_shape or ())  # known, or there would be no sources
         if all(each.passes for each in between):
             if takers[0].axis % rank != 1 or takers[0].outputs != width:
                 raise Left(f"its channels are along another axis than those of {takers[0].label}")

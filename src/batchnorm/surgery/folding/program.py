@@ -148,7 +148,7 @@ class ProgramEditor:
             self.signature,
             self.state,
             copy.copy(self.given.range_constraints),
-            copy.deepcopy(self.given.module_call_graph),
+            list(self.given.module_call_graph),
             self.given.example_inputs,
             self.constants,
             verifiers=self.given.verifiers,
