@@ -212,6 +212,13 @@ class Same(nn.Conv2d):
         return super().forward(functional.pad(x, (1, 1, 1, 1)))
 
 
+class Cast(nn.Linear):
+    """A linear layer that minds its dtype, as timm's."""
+
+    def forward(self, x):
+        return functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class Standardized(nn.Conv2d):
     """Weight standardization: its weight is not what it multiplies by."""
 
@@ -228,6 +235,9 @@ class Odd(nn.BatchNorm2d):
 
 def test_classes_with_a_forward_of_their_own_are_tried():
     assert_folds(nn.Sequential(Same(3, 4, 3), norm()), IMAGE)
+    rows = torch.randn(5, 3)
+    assert_folds(nn.Sequential(Cast(3, 4), learned(nn.BatchNorm1d(4))), rows)
+    assert_folds(nn.Sequential(learned(nn.BatchNorm1d(3)), Cast(3, 4, bias=False)), rows)
     left_because(nn.Sequential(norm(3), Same(3, 4, 3)), IMAGE, "what its own forward adds at the borders is not known")
     left_because(
         nn.Sequential(Standardized(3, 4, 3), norm()), IMAGE, "has a forward of its own, which is not known to be lin"

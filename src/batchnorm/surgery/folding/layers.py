@@ -44,7 +44,7 @@ def taker_of(name: str, module: nn.Module, shared: set[int]) -> Taker:
         refusal = f"it has a {_changed_methods(module)[0]} of its own, which is not known to be linear"
     taker = _as_written(name, module)
     taker.refusal = refusal
-    if own_forward:
+    if own_forward and not isinstance(module, nn.Linear):
         taker.border = "what its own forward adds at the borders is not known"
     return taker
 
@@ -168,8 +168,9 @@ def _is_linear(module: nn.Module) -> bool:
         scale_outputs(_as_written("", behind), scale, shift)()
         error = _error(behind(x), before(x) * scale.view(along) + shift.view(along))
         scale = draw(taker.inputs)
-        scale_inputs(_as_written("", ahead), scale, torch.zeros_like(scale))()
-        return max(error, _error(ahead(x), before(x * scale.view(along)))) <= _CLOSE
+        shift = draw(taker.inputs) if isinstance(module, nn.Linear) else torch.zeros_like(scale)
+        scale_inputs(_as_written("", ahead), scale, shift)()
+        return max(error, _error(ahead(x), before(x * scale.view(along) + shift.view(along)))) <= _CLOSE
     except Exception:  # noqa: BLE001 - a stranger's forward: any reason will do
         return False
 
