@@ -336,3 +336,16 @@ def test_a_folded_model_folds_again_to_itself_and_history_goes_on():
     assert torch.equal(again(IMAGE), folded(IMAGE))
     empty = bn.fold(nn.Sequential().eval(), IMAGE)
     assert str(bn.changes(empty)) == "the model: has no batch norm: nothing to fold"
+
+
+def test_modes_are_kept_and_what_is_folded_still_learns():
+    model = nn.Sequential(conv(), norm(), nn.ReLU(), conv(4, 2)).train()
+    model[1].eval()
+    model[3].weight.requires_grad_(False)
+    folded = bn.fold(model, IMAGE, strict=True)
+    assert [module.training for module in folded] == [True, False, True, True]
+    folded(IMAGE).sum().backward()
+    assert folded[0].weight.grad.abs().sum() > 0
+    assert folded[0].bias.grad is not None
+    assert folded[3].weight.grad is None
+    assert all(parameter.grad is None for parameter in model.parameters())
