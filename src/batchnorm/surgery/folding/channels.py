@@ -169,7 +169,6 @@ def which(found: Tensor, values: Tensor) -> Tensor:
 
 def pairs(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """For ``rows`` (channels, numbers) of labels: channels and the indexes of the labels in them, each pair once."""
-    index = which(rows, values)
-    channel = torch.arange(len(rows)).unsqueeze(1).expand_as(index)
-    both = torch.stack([channel.flatten(), index.flatten()]).unique(dim=1)
-    return both[0], both[1]
+    number = len(values)
+    both = (which(rows, values) + number * torch.arange(len(rows)).unsqueeze(1)).unique()
+    return both // number, both % number
