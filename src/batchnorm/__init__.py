@@ -34,11 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose, watch
-    from batchnorm.surgery import adapt, changes, freeze, insert, recalibrate, unfreeze
-    from batchnorm.probes import diagnose
-    from batchnorm.surgery import adapt, changes, convert, freeze, insert, recalibrate, revert, unfreeze
-    from batchnorm.probes import diagnose
-    from batchnorm.surgery import adapt, changes, fold, freeze, insert, recalibrate, unfreeze
+    from batchnorm.surgery import adapt, changes, convert, fold, freeze, insert, recalibrate, revert, unfreeze
 
 __version__ = "0.1.0"
 

@@ -12,6 +12,7 @@ from batchnorm.surgery.fold import fold
 from batchnorm.surgery.freeze import freeze, unfreeze
 from batchnorm.surgery.insert import Normalized, insert
 from batchnorm.surgery.recalibrate import recalibrate
+from batchnorm.surgery.selection import select
 from batchnorm.surgery.sortedness import SortedBatchesWarning
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "insert",
     "recalibrate",
     "revert",
+    "select",
     "unfreeze",
 ]

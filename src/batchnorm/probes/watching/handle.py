@@ -16,6 +16,8 @@ from batchnorm._checks import check_choice
 from batchnorm._errors import InputError
 from batchnorm.nn.recognition import unwrapped
 from batchnorm.ops.averages import in_backward
+from batchnorm.probes.feeding import probing
+from batchnorm.probes.shift import shift
 from batchnorm.probes.watching import out
 from batchnorm.probes.watching.hooks import RootHook, passes_can_be_seen
 from batchnorm.probes.watching.kinds import Kind, Parameters
@@ -105,7 +107,7 @@ class Watch:
         Args:
             training: whether it is one of training; None asks the model.
         """
-        if in_backward():  # a recomputation of what was seen already
+        if in_backward() or probing():  # a recomputation of what was seen already; passes that are not of the training
             return
         if self._now is not None:
             self._disarm()
@@ -232,9 +234,9 @@ class Watch:
             raise InputError(f"expected a watched layer, got {layer!r}: one of {', '.join(map(repr, self._kinds))}")
         raise InputError(f"expected a look at {layer!r}, got none yet: {self.unseen.get(layer, 'it was not called')}")
 
-    def shift(self) -> Any:
+    def shift(self) -> list[dict[str, Any]]:
         """How far the distributions moved: :func:`batchnorm.probes.shift.shift` of the records."""
-        return importlib.import_module("batchnorm.probes.shift").shift(self.records)
+        return shift(self.records)
 
     def scalars(self, step: int | None = None) -> dict[str, float]:
         """The last look, or that of ``step``, as flat numbers by name (``"bn/<layer>/mean_gap_max"``).
