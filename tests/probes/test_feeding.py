@@ -91,3 +91,11 @@ def test_nothing_is_left_behind(training, fails):
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
     assert (model.training, model.norm.training) == (True, False)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_buffer_that_grew_is_small_again():
+    model = nn.Module()
+    model.register_buffer("seen", torch.empty(0))
+    with undisturbed(model):
+        model.seen.resize_(4).fill_(1.0)  # as observers of quantization do
+    assert model.seen.shape == (0,)

@@ -117,7 +117,10 @@ def buffers_kept(model: nn.Module) -> Callable[[], None]:
             # Some modules assign a new tensor where others write into the old one.
             module._buffers.update(buffers)
         for buffer, value in values.items():
-            buffer.data.copy_(value)
+            if buffer.shape == value.shape:
+                buffer.data.copy_(value)
+            else:  # an observer of quantization lets its own grow
+                buffer.data = value.clone()
 
     return restore
 
