@@ -238,6 +238,22 @@ def test_a_script_module_is_refused():
         trace(scripted)
 
 
+def test_arguments_of_functions_are_known_without_an_example_too():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return functional.dropout(self.fc(x), p=0.25, training=self.training)
+
+    for example in (torch.randn(2, 3), None):
+        fc, dropout = trace(Dropping(), example).steps
+        positional, named = dropout.arguments
+        assert positional[0] == Made(fc.index)
+        assert named["p"] == 0.25
+
+
 def test_names_of_functions():
     assert function_name(functional.relu) == function_name(torch.Tensor.relu) == function_name("relu") == "relu"
     assert function_name(torch.ops.aten.relu.default) == "relu"

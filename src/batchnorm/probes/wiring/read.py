@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from batchnorm.probes.wiring.steps import OUTSIDE, Step, Wiring, fill_users, is_atomic
+from batchnorm.probes.wiring.steps import OUTSIDE, Made, Step, Wiring, fill_users, is_atomic
 
 
 class Reader:
@@ -79,6 +79,7 @@ class Reader:
                     function=node.target,
                     inputs=ordered,
                     reads=tuple(self.prefix + _join(name, str(source.target)) for source in reads),
+                    arguments=_arguments(node, made),
                 )
                 self.steps.append(step)
                 made[node] = [step.index]
@@ -95,6 +96,15 @@ def _graph(module: nn.Module) -> fx.Graph | None:
         return _Tracer().trace(module)
     except Exception:  # noqa: BLE001 - the forward is a stranger's Python: any reason that fx cannot read it will do
         return None
+
+
+def _arguments(node: fx.Node, made: dict[fx.Node, list[int]]) -> Any:
+    """What the node's function is called with, see :class:`Step`; a part's results count by the first."""
+
+    def place(source: fx.Node) -> Any:
+        return Made((made[source] or [OUTSIDE])[0])
+
+    return fx.node.map_arg((node.args, dict(node.kwargs)), place)
 
 
 def _nodes(values: Any) -> list[fx.Node]:
