@@ -62,8 +62,9 @@ def diagnose(
         missing = (candidate.needs == "batches" and batches is None) or (
             candidate.needs == "optimizer" and optimizer is None
         )
-        if missing:
-            skipped[candidate.code] = f"needs {candidate.needs}"
+        reason = candidate.needs if missing else subject.cannot_run if candidate.needs == "batches" else ""
+        if reason:
+            skipped[candidate.code] = f"needs {reason}"
             continue
         findings += candidate.findings(subject)
         checked.append(candidate.code)

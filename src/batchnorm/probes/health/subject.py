@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from torch import nn, optim
+import torch
+from torch import Tensor, nn, optim
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from batchnorm.nn.recognition import Layer, batch_norms, unwrapped
 from batchnorm.probes.feeding import ForwardFn
@@ -14,6 +19,21 @@ from batchnorm.probes.wiring import Wiring, trace
 
 if TYPE_CHECKING:
     from batchnorm.probes.health.survey import Survey
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An example that did not get through a batch norm.
+
+    Attributes:
+        layer: the batch norm.
+        shape: of the input that it was given; None where that was no tensor.
+        error: what it said.
+    """
+
+    layer: Layer
+    shape: tuple[int, ...] | None
+    error: Exception
 
 
 class Subject:
@@ -60,10 +80,46 @@ class Subject:
             Layer(tuple(self.prefix + name for name in layer.names), layer.module) for layer in batch_norms(self.model)
         )
 
-    @cached_property
+    @property
     def wiring(self) -> Wiring:
-        """What feeds what: exact with an example, else as far as it can be read."""
-        return trace(self.root, self.example, self.forward_fn)
+        """What feeds what: exact with an example that the model takes, else as far as it can be read."""
+        return self._traced[0]
+
+    @property
+    def failure(self) -> Failure | None:
+        """Where the example did not get through a batch norm; None where it did, or there is none."""
+        return self._traced[1]
+
+    @property
+    def cannot_run(self) -> str:
+        """Why the model takes no batch; empty where it does, or that was not tried."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        if any(is_lazy(tensor) for tensor in tensors):
+            return "a model whose lazy layers have seen a batch"
+        if any(tensor.device.type == "meta" for tensor in tensors):
+            return "a model whose tensors hold data, not the meta device"
+        if self.failure is not None:
+            return f"a batch that gets through {self.failure.layer.name or 'the model'}"
+        return ""
+
+    @cached_property
+    def _traced(self) -> tuple[Wiring, Failure | None]:
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        # To run a lazy model is to change it, and one without data does not run.
+        if self.example is None or any(is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
+            return trace(self.root), None
+        inside: list[tuple[Layer, tuple[int, ...] | None]] = []
+        with ExitStack() as stack:
+            for layer in self.layers:
+                for handle in _noting(layer, inside):
+                    stack.callback(handle.remove)
+            try:
+                return trace(self.root, self.example, self.forward_fn), None
+            except (RuntimeError, TypeError, ValueError) as error:
+                if not inside or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                failure = Failure(*inside[-1], error)
+        return trace(self.root), failure
 
     @cached_property
     def survey(self) -> Survey:
@@ -72,3 +128,17 @@ class Subject:
 
         assert self.batches is not None
         return Survey.take(self)
+
+
+def _noting(
+    layer: Layer, inside: list[tuple[Layer, tuple[int, ...] | None]]
+) -> tuple[RemovableHandle, RemovableHandle]:
+    """Hooks that keep in ``inside`` the batch norms that a forward is in at the moment: where it fails, the last."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+        inside.append((layer, tuple(args[0].shape) if args and isinstance(args[0], Tensor) else None))
+
+    def leave(_: nn.Module, _args: Any, _result: Any) -> None:
+        inside.pop()
+
+    return layer.module.register_forward_pre_hook(enter), layer.module.register_forward_hook(leave)
