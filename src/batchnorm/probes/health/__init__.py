@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from batchnorm.probes.health import channels, dimensions, modes, settings, state, structure, training
 from batchnorm.probes.health.config import DoctorConfig, find_config, read_config
 from batchnorm.probes.health.diagnosis import diagnose
 from batchnorm.probes.health.finding import SEVERITIES, Diagnosis, Finding, Severity
@@ -9,6 +10,8 @@ from batchnorm.probes.health.rule import Rule, Sign, rule, rules, selected
 from batchnorm.probes.health.subject import Subject
 
 # Importing a module of rules registers them.
+RULES_ABOUT = (structure, dimensions, modes, settings, training, state, channels)
+"""The modules of the rules that need no data."""
 
 __all__ = [
     "SEVERITIES",
