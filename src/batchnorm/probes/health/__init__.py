@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.probes.health import channels, dimensions, modes, settings, state, structure, training
+from batchnorm.probes.health import activations, batches, disagreement, inputs, stale  # noqa: F401
 from batchnorm.probes.health.config import DoctorConfig, find_config, read_config
 from batchnorm.probes.health.diagnosis import diagnose
 from batchnorm.probes.health.finding import SEVERITIES, Diagnosis, Finding, Severity
