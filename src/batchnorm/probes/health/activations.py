@@ -154,11 +154,25 @@ def _outliers(seen: Observed) -> Iterator[Sign]:
             {"largest": largest, "channels": int(over.sum()), "of": len(over)},
             "warning",
         )
+    moments = population.moments
+    furthest = torch.maximum(population.high - moments.mean, moments.mean - population.low)
+    share = furthest.square() / moments.m2
+    alone = (share >= DOMINATED) & (moments.count >= SAMPLES)
+    if float(alone.double().mean()) < SHARE:
+        alone = torch.zeros_like(alone)
+    else:
+        worst = float(share[alone].max())
+        yield Sign(
+            seen.name,
+            f"single values make up to {worst:.0%} of the variance in {channels(alone)}",
+            "look for broken samples in the data",
+            {"share": worst, "channels": int(alone.sum()), "of": len(alone)},
+        )
     reach = torch.maximum(units.low.abs(), units.high.abs())
     alive = reach[reach.isfinite() & (reach > 0)]
     if units.count and len(alive) >= 8:
         middle = float(alive.median())
-        above = reach.isfinite() & (reach > ABOVE * middle)
+        above = reach.isfinite() & (reach > ABOVE * middle) & ~alone
         if bool(above.any()):
             ratio = float(reach[above].max()) / middle
             yield Sign(
@@ -167,18 +181,6 @@ def _outliers(seen: Observed) -> Iterator[Sign]:
                 "quantize per channel; bn.fold(model, example) before",
                 {"ratio": ratio, "channels": int(above.sum()), "of": len(above)},
             )
-    moments = population.moments
-    furthest = torch.maximum(population.high - moments.mean, moments.mean - population.low)
-    share = furthest.square() / moments.m2
-    alone = (share >= DOMINATED) & (moments.count >= SAMPLES)
-    if float(alone.double().mean()) >= SHARE:
-        worst = float(share[alone].max())
-        yield Sign(
-            seen.name,
-            f"single values make up to {worst:.0%} of the variance in {channels(alone)}",
-            "look for broken samples in the data",
-            {"share": worst, "channels": int(alone.sum()), "of": len(alone)},
-        )
 
 
 @rule("BN309", "not-finite-activations", "error", needs="batches")

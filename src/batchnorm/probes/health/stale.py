@@ -132,12 +132,13 @@ def stale_statistics(subject: Subject) -> Iterator[Sign]:
     if fresh:
         worst = max(fresh, key=lambda name: _worst(found[name][1]))
         numbers = _numbers(*found[worst])
+        untouched = sum(seen.fresh for seen in survey.layers)
         yield Sign(
-            fresh[0] if len(fresh) == 1 else "",
-            f"{len(fresh)} of {len(survey.layers)} batch norms still have mean 0 and variance 1, which no data gave; "
+            fresh[0] if untouched == 1 else "",
+            f"{untouched} of {len(survey.layers)} batch norms still have mean 0 and variance 1, which no data gave; "
             f"furthest off is {worst}: {_described(numbers)}",
             "train first, or give them the statistics of data: bn.recalibrate(model, batches)",
-            {"layers": len(fresh), "worst": worst, **numbers},
+            {"layers": untouched, "worst": worst, **numbers},
         )
     for name, (far, gap) in found.items():
         if name in fresh:

@@ -245,7 +245,7 @@ class Survey:
 
     def _after(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         seen = self._observed.get(module)
-        if seen is None or not isinstance(result, Tensor) or result.is_nested:
+        if seen is None or self._pass not in self._kept or not isinstance(result, Tensor) or result.is_nested:
             return
         call = self._calls.get(module, 0)
         self._calls[module] = call + 1
