@@ -93,9 +93,25 @@ def test_nothing_is_left_behind(training, fails):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_buffer_that_grew_is_small_again():
-    model = nn.Module()
-    model.register_buffer("seen", torch.empty(0))
+def test_a_buffer_that_a_forward_enlarged_is_as_small_as_before():
+    class Observer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("low", torch.tensor([]))
+
+        def forward(self, x):
+            self.low.resize_(x.size(1)).copy_(x.amin(0))
+            return x
+
+    model = Observer()
     with undisturbed(model):
-        model.seen.resize_(4).fill_(1.0)  # as observers of quantization do
-    assert model.seen.shape == (0,)
+        model(torch.randn(4, 3))
+    assert model.low.shape == (0,)
+
+
+def test_a_script_is_left_as_it_was():
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(3)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with undisturbed(model, training=True):
+        model(torch.randn(4, 3))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

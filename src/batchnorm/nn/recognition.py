@@ -41,6 +41,8 @@ def is_frozen(module: nn.Module) -> bool:
     """Whether ``module`` is a batch norm that is constant by its class: ours, and torchvision's or detectron2's."""
     if isinstance(module, FrozenBatchNorm):
         return True
+    if isinstance(module, torch.jit.ScriptModule):
+        return False  # of what it was, nothing is left to see
     buffers = module._buffers
     return (
         not isinstance(module, nn.modules.batchnorm._NormBase)

@@ -96,6 +96,12 @@ def test_batches_of_one_class_are_unlike_one_another():
     assert not found("BN304", model, batches(60, 9, held_out=True))
 
 
+def test_a_network_that_was_trained_so_is_no_better_than_chance():
+    torch.manual_seed(0)
+    model, others = train(mlp(), 300, by_class=True), digits()[2:]
+    assert float((model(others[0]).argmax(1) == others[1]).double().mean()) < 0.2
+
+
 @pytest.mark.parametrize(("shift", "unlike"), [(0.0, 0), (0.2, 0), (1.0, 1)])
 def test_domains(shift, unlike):
     data = [x + shift * (-1) ** number for number, x in enumerate(normal(64, 8, 5, 5))]

@@ -271,7 +271,34 @@ def test_an_examination_of_a_trained_network_is_silent():
     assert not diagnose(train(mlp(), 200), batches(60), select=["BN3"])
 
 
-def test_what_the_data_say_does_not_depend_on_the_device_of_the_batches():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
-    found = survey(model, [torch.randn(16, 3, dtype=torch.float64) + 1e6])
-    assert float(found.layers[0].evaluated.var().max()) < 1e3
+def test_a_large_mean_costs_no_accuracy():
+    data = [torch.randn(64, 3, dtype=torch.float64) + 1e8 for _ in range(4)]
+    (seen,) = survey(nn.Sequential(nn.BatchNorm1d(3).double()), data).layers
+    expected = torch.cat(data).var(0, correction=0)
+    torch.testing.assert_close(seen.evaluated.var(), expected)
+    torch.testing.assert_close(seen.evaluated.squares.total.mean, expected, rtol=0.05, atol=0)
+
+
+class Observer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("low", torch.tensor([]))
+
+    def forward(self, x):
+        self.low.resize_(x.size(1)).copy_(x.amin((0, 2, 3)))
+        return x
+
+
+@pytest.mark.parametrize("part", [Observer, lambda: torch.jit.script(nn.Conv2d(3, 3, 1))])
+def test_parts_of_other_kinds(part):
+    model = nn.Sequential(part(), nn.BatchNorm2d(3), nn.ReLU())
+    before = copy.deepcopy(model.state_dict())
+    diagnose(model, images(), select=["BN3"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(survey(model, images()).layers) == 1
+
+
+def test_nested_batches_are_run_and_not_measured():
+    rows = [torch.randn(length, 3) for length in (5, 7, 9, 6)]
+    data = [torch.nested.nested_tensor(rows, layout=torch.jagged)] * 2
+    assert survey(nn.Sequential(bn.nn.BatchNorm1d(3)), data).layers == []

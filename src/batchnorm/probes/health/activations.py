@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from batchnorm._errors import InputError
 from batchnorm.nn.recognition import is_batch_norm
 from batchnorm.probes.health.measured import channels
 from batchnorm.probes.health.rule import Sign, rule
@@ -64,7 +65,10 @@ def collapsed_or_saturated(subject: Subject) -> Iterator[Sign]:
     that still have the statistics that they were made with.
     """
     survey = subject.survey
-    wiring = subject.wiring if survey.layers else None
+    try:
+        wiring = subject.wiring if survey.layers else None
+    except InputError:  # a part is a ScriptModule
+        wiring = None
     enough = sum(survey.sizes) >= SAMPLES
     for seen in survey.layers:
         for what, bad, why in _idle(seen, wiring, enough):

@@ -203,7 +203,9 @@ class Parting:
 
 def sampled(y: Tensor, samples: int | None, width: int) -> Tensor | None:
     """``width`` units of each sample, (N, F) in float64, the same in every pass; None where rows are not samples."""
-    if samples is None or y.dim() < 1 or y.size(0) != samples or not y.is_floating_point() or y.numel() == 0:
+    if samples is None or y.is_nested or y.layout != torch.strided or not y.is_floating_point():
+        return None
+    if y.dim() < 1 or y.size(0) != samples or y.numel() == 0:
         return None
     flat = y.reshape(samples, -1)
     if flat.size(1) > width:

@@ -203,10 +203,15 @@ class NotFinite:
             return cls("", "", number, data, data, of)
         with ExitStack() as stack:
             for name, module in model.named_modules():
-                if is_atomic(module):
+                if hookable(module):
                     stack.callback(module.register_forward_hook(after(name), with_kwargs=True).remove)
             run()
         return found[0] if found else cls("", "", number, 0, 0, 0)
+
+
+def hookable(module: nn.Module) -> bool:
+    """Whether ``module`` is one step that can be watched: a ScriptModule takes no hooks."""
+    return not isinstance(module, torch.jit.ScriptModule) and is_atomic(module)
 
 
 def _nonsense(tensor: Tensor) -> int:

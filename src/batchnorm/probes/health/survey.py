@@ -16,8 +16,7 @@ from batchnorm.nn import SyncBatchNorm
 from batchnorm.ops.arguments import positions
 from batchnorm.probes.feeding import feed, size_of, undisturbed
 from batchnorm.probes.health.measured import SAMPLED, Parting, Population, Units, sampled
-from batchnorm.probes.health.seen import Input, NotFinite, Padding, claimed_padding
-from batchnorm.probes.wiring import is_atomic
+from batchnorm.probes.health.seen import Input, NotFinite, Padding, claimed_padding, hookable
 
 if TYPE_CHECKING:
     from batchnorm.nn.recognition import Layer
@@ -213,7 +212,7 @@ class Survey:
                 stack.callback(before.remove)
                 stack.callback(module.register_forward_hook(self._after, with_kwargs=True).remove)
             for module in self.model.modules():
-                if is_atomic(module) and next(module.parameters(), None) is not None:
+                if hookable(module) and next(module.parameters(), None) is not None:
                     stack.callback(module.register_forward_pre_hook(self._first, with_kwargs=True).remove)
             yield
 
