@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -139,11 +140,50 @@ def test_a_generator_is_read_once_and_no_further_than_needed():
     assert len(found.sizes) == len(read) == MAX_BATCHES
 
 
+def test_nothing_is_kept_of_a_batch():
+    alive = []
+
+    def stream():
+        for _ in range(6):
+            batch = torch.randn(8, 3, 6, 6)
+            alive.append(weakref.ref(batch))
+            yield batch
+            del batch
+            assert sum(batch() is not None for batch in alive) <= 1
+
+    found = survey(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), stream())
+    assert len(found.sizes) == 6
+    assert [batch() for batch in alive] == [None] * 6
+
+
 def test_a_layer_that_its_user_put_in_eval_mode_does_not_learn():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).train()
     model[1].eval()
     assert [seen.learns for seen in survey(model, [torch.randn(8, 3)]).layers] == [False, True]
     assert [seen.learns for seen in survey(model.eval(), [torch.randn(8, 3)]).layers] == [True, True]
+
+
+def test_a_layer_that_stays_in_eval_mode_when_its_model_trains_does_not_learn():
+    class Backbone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x):
+            return self.head(self.norm(x))
+
+    model = Backbone().eval()
+    model.norm.running_mean.fill_(7)
+    assert [seen.learns for seen in survey(model, [torch.randn(32, 3)]).layers] == [False, True]
+    assert not model.training
+    assert not model.head.training
+    model.head.running_mean.fill_(-7)  # what it is given by the other, whose statistics are meant to be what they are
+    assert not diagnose(model, [torch.randn(100, 3) for _ in range(3)], select=["BN3"])
 
 
 def shared() -> nn.Module:
@@ -273,7 +313,9 @@ def test_an_examination_of_a_trained_network_is_silent():
 
 def test_a_large_mean_costs_no_accuracy():
     data = [torch.randn(64, 3, dtype=torch.float64) + 1e8 for _ in range(4)]
+    before = [x.clone() for x in data]
     (seen,) = survey(nn.Sequential(nn.BatchNorm1d(3).double()), data).layers
+    assert all(torch.equal(x, same) for x, same in zip(data, before, strict=True))
     expected = torch.cat(data).var(0, correction=0)
     torch.testing.assert_close(seen.evaluated.var(), expected)
     torch.testing.assert_close(seen.evaluated.squares.total.mean, expected, rtol=0.05, atol=0)

@@ -15,8 +15,8 @@ from batchnorm.probes.health.rule import Sign, rule
 from batchnorm.probes.wiring import Wiring, function_name
 
 if TYPE_CHECKING:
+    from batchnorm.probes.health.observed import Observed
     from batchnorm.probes.health.subject import Subject
-    from batchnorm.probes.health.survey import Observed
 
 COLLAPSED = 0.01
 """A channel is collapsed where its variance is below this part of eps: its deviation leaves as a tenth or less of 1."""

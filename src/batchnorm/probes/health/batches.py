@@ -17,8 +17,8 @@ from batchnorm.probes.health.rule import Sign, rule
 from batchnorm.probes.health.seen import Padding
 
 if TYPE_CHECKING:
+    from batchnorm.probes.health.observed import Observed
     from batchnorm.probes.health.subject import Subject
-    from batchnorm.probes.health.survey import Observed
 
 FEW = 16
 """Samples (or real values per channel) below which a batch is small."""

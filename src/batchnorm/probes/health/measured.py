@@ -121,7 +121,7 @@ def _by_row(x: Tensor, real: Tensor | None, mean: Tensor) -> tuple[Tensor, Tenso
     for start in range(0, n, rows):
         piece = slice(start, start + rows)
         deviations = x[piece].double().flatten(2) if x.dim() > 2 else x[piece].double().unsqueeze(2)
-        deviations -= mean.unsqueeze(1)
+        deviations = deviations - mean.unsqueeze(1)  # not in place: a float64 input is no copy
         if real is None:
             counts[piece] = deviations.size(2)
         else:

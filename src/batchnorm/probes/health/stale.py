@@ -14,8 +14,9 @@ from batchnorm.probes.health.measured import Population, channels, quantile
 from batchnorm.probes.health.rule import Sign, rule
 
 if TYPE_CHECKING:
+    from batchnorm.probes.health.observed import Observed
     from batchnorm.probes.health.subject import Subject
-    from batchnorm.probes.health.survey import Observed, Survey
+    from batchnorm.probes.health.survey import Survey
 
 FAR_MEAN = 0.25
 """A channel's running mean is far off from here on, in standard deviations of its values."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,48 +15,15 @@ from torch.utils import _pytree as pytree
 from batchnorm.nn import SyncBatchNorm
 from batchnorm.ops.arguments import positions
 from batchnorm.probes.feeding import feed, size_of, undisturbed
-from batchnorm.probes.health.measured import SAMPLED, Parting, Population, Units, sampled
-from batchnorm.probes.health.seen import Input, NotFinite, Padding, claimed_padding, hookable
+from batchnorm.probes.health.measured import SAMPLED, Parting, sampled
+from batchnorm.probes.health.observed import Observed
+from batchnorm.probes.health.seen import Input, NotFinite, claimed_padding, hookable
 
 if TYPE_CHECKING:
-    from batchnorm.nn.recognition import Layer
     from batchnorm.probes.health.subject import Subject
 
 MAX_BATCHES = 64
 """As many batches are looked at. They are read once and none is kept."""
-
-
-class Observed:
-    """A batch norm as the batches found it.
-
-    Attributes:
-        names, module: as of :class:`~batchnorm.nn.recognition.Layer`.
-        learns: whether training would normalize by the batch: not where only the layer was put in eval mode.
-        fresh: whether its running statistics are those that it was made with.
-        place: its place in the order of the forward pass.
-        evaluated: its inputs with every layer in eval mode.
-        trained: its inputs with the batch norms before it in batch mode.
-        units: its outputs in eval mode.
-        parting: how far its outputs in the two modes are apart.
-        padding: padded positions among its inputs.
-        masked: whether it was told which values are real.
-        positioned: whether its input has the positions that a batch's own mask or lengths tell of.
-    """
-
-    def __init__(self, layer: Layer, place: int, channels: int, device: torch.device, learns: bool) -> None:
-        self.names, self.module, self.place, self.learns = layer.names, layer.module, place, learns
-        self.fresh = _fresh(layer.module)
-        self.evaluated = Population(channels, device, samples=True)
-        self.trained = Population(channels, device, samples=False)
-        self.units = Units(channels, device)
-        self.parting = Parting()
-        self.padding = Padding()
-        self.masked = self.positioned = False
-
-    @property
-    def name(self) -> str:
-        """The first path."""
-        return self.names[0]
 
 
 class Survey:
@@ -96,10 +63,8 @@ class Survey:
         self._kept: dict[str, dict[tuple[nn.Module | None, int], Tensor]] = {}
         self._calls: dict[nn.Module, int] = {}
         self._unsteady = self._indivisible = False
-        mixed = subject.model.training
         self._watched = {layer.module: layer for layer in subject.trained}
-        # A layer that alone is in eval mode is frozen by its user. Of a model in eval mode nobody can tell.
-        self._learning = [layer.module for layer in subject.trained if layer.module.training or not mixed]
+        self._learning: list[nn.Module] = []
 
     @classmethod
     def take(cls, subject: Subject, max_batches: int = MAX_BATCHES) -> Survey:
@@ -108,6 +73,7 @@ class Survey:
         tensors = [*subject.model.parameters(), *subject.model.buffers()]
         if subject.batches is None or any(is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
             return survey  # without numbers there is nothing to run, and to run a lazy layer would make its own
+        survey._learning = _learning(subject.model, survey._watched)
         with undisturbed(subject.model, training=False), _eager(subject.model), survey._hooked():
             for batch in itertools.islice(subject.batches, max_batches):
                 survey._look(batch)
@@ -256,6 +222,14 @@ class Survey:
             self._kept[self._pass][module, call] = kept
 
 
+def _learning(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers that normalize by their batch when ``model`` trains: those that it leaves in eval mode are frozen."""
+    with undisturbed(model):
+        if not model.training:
+            model.train()
+        return [layer for layer in layers if layer.training]
+
+
 def _given(args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor | None]:
     """The input of a layer, if it is one whose channels have a mean and a variance, and which positions are real."""
     x = args[0] if args else kwargs.get("input", kwargs.get("x"))
@@ -283,13 +257,6 @@ def _every_second(batch: Any, samples: int, start: int) -> Any:
         lambda t: t[start : samples // 2 * 2 : 2] if t.dim() and t.size(0) == samples else t,
         batch,
     )
-
-
-def _fresh(module: nn.Module) -> bool:
-    mean, var = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-    if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
-        return False
-    return bool((mean == 0).all()) and bool((var == 1).all())
 
 
 @contextmanager
