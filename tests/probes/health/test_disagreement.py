@@ -63,6 +63,36 @@ def test_sorted_batches_disagree_though_the_statistics_are_right():
     assert "BN304" in finding.remedy
 
 
+class Residual(nn.Module):
+    """Three blocks of two convolutions, normalized before each."""
+
+    def __init__(self, width=24):
+        super().__init__()
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        parts = lambda: (nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))  # noqa: E731
+        self.blocks = nn.ModuleList(nn.Sequential(*parts(), *parts()) for _ in range(3))
+        self.norm, self.head = nn.BatchNorm2d(width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x).relu().mean((2, 3)))
+
+
+def test_gaps_that_are_small_in_each_layer_add_up():
+    torch.manual_seed(1)
+    model, data = train(Residual(), 150, 32, 0.03, seed=1), batches(32, 16, seed=1)
+    found = diagnose(model, data, select=["BN301", "BN302"])
+    assert found.codes == {"BN302"}
+    assert "bn.recalibrate" in found.findings[0].remedy
+    images, labels = digits(1)[2:]
+    before = float((model(images).argmax(1) == labels).double().mean())
+    update_bn(data, model)
+    assert not disagree(model.eval(), data)
+    assert float((model(images).argmax(1) == labels).double().mean()) > before + 0.01
+
+
 def test_untouched_statistics_and_tiny_batches_are_not_judged():
     assert not disagree(mlp(), batches(60, 4))
     assert not disagree(nn.Sequential(nn.BatchNorm2d(1)), [torch.randn(2, 1, 8, 8) + 9 for _ in range(4)])

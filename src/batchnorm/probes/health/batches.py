@@ -19,6 +19,7 @@ from batchnorm.probes.health.seen import Padding
 if TYPE_CHECKING:
     from batchnorm.probes.health.observed import Observed
     from batchnorm.probes.health.subject import Subject
+    from batchnorm.probes.health.survey import Survey
 
 FEW = 16
 """Samples (or real values per channel) below which a batch is small."""
@@ -123,29 +124,32 @@ def non_iid_batches(subject: Subject) -> Iterator[Sign]:
 
     False alarms: batches that were put in order only for this; a stream in time that is trained in its order knowingly.
     """
-    worst: tuple[float, float, Observed] | None = None
-    unlike = 0
-    layers = [seen for seen in subject.survey.layers if seen.learns]
-    for seen in layers:
+    found = unlike(subject.survey)
+    if found:
+        share, ratio, seen = max(found, key=lambda case: case[0])
+        layers = sum(seen.learns for seen in subject.survey.layers)
+        yield Sign(
+            seen.name,
+            f"batches are unlike one another at {len(found)} of {layers} batch norms; at {seen.name} they explain "
+            f"{share:.0%} of the variance between samples, and their means vary {ratio:.3g} times as much as chance "
+            "would have it",
+            'shuffle the data (DataLoader(..., shuffle=True)); where that cannot be, bn.convert(model, to="group")',
+            {"share": share, "variance_ratio": ratio, "layers": len(found), "batches": len(subject.survey.sizes)},
+        )
+
+
+def unlike(survey: Survey) -> list[tuple[float, float, Observed]]:
+    """Layers at whose inputs batches are unlike one another: the share of the variance between batches, and F."""
+    found = []
+    for seen in survey.layers:
         means = seen.evaluated.means
-        if means is None or len(means.sizes) < 3 or means.freedom < 8:
+        if not seen.learns or means is None or len(means.sizes) < 3 or means.freedom < 8:
             continue
         ratio = means.ratio()
         share = _between(means, ratio)
         if share >= ALIKE and ratio > _critical(len(means.sizes) - 1, means.freedom):
-            unlike += 1
-            if worst is None or share > worst[0]:
-                worst = share, ratio, seen
-    if worst is not None:
-        share, ratio, seen = worst
-        yield Sign(
-            seen.name,
-            f"batches are unlike one another at {unlike} of {len(layers)} batch norms; at {seen.name} they explain "
-            f"{share:.0%} of the variance between samples, and their means vary {ratio:.3g} times as much as chance "
-            "would have it",
-            'shuffle the data (DataLoader(..., shuffle=True)); where that cannot be, bn.convert(model, to="group")',
-            {"share": share, "variance_ratio": ratio, "layers": unlike, "batches": len(subject.survey.sizes)},
-        )
+            found.append((share, ratio, seen))
+    return found
 
 
 def _between(means: Grouped, ratio: float) -> float:

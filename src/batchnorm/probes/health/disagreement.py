@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from batchnorm.probes.health.batches import unlike
 from batchnorm.probes.health.measured import Parting
 from batchnorm.probes.health.rule import Sign, rule
 from batchnorm.probes.health.stale import stale_layers
@@ -36,9 +37,10 @@ def train_eval_disagree(subject: Subject) -> Iterator[Sign]:
     one batch norm, the first of which is named.
 
     A model that is scored in eval mode is then not the one that was trained. Stale running statistics are one cause
-    (BN301), batches that are unlike one another the other (BN304).
+    (BN301), also where the gap of each layer is too small to be found and adds up through the layers; batches that are
+    unlike one another are the other (BN304).
 
-    Remedy: ``bn.recalibrate(model, batches)`` where statistics are stale, else shuffled batches.
+    Remedy: ``bn.recalibrate(model, batches)``; where batches are unlike one another, shuffle them.
 
     False alarms: batches whose samples are not drawn as in training (sorted, or all alike) disagree though the model is
     well. Not judged: batches of less than 4 samples or that cannot be cut, models without outputs (N, ...), and layers
@@ -66,10 +68,10 @@ def train_eval_disagree(subject: Subject) -> Iterator[Sign]:
         message += (
             f"; {first.name} is the first layer where they part ({parting.distance:.2g}, noise {parting.noise:.2g})"
         )
-    stale = stale_layers(survey)
-    remedy = (
-        "its running statistics are not the data's (BN301): bn.recalibrate(model, batches)"
-        if stale
-        else "the running statistics are those of the data, so the single batches are not like it (BN304): shuffle them"
-    )
+    if stale_layers(survey):
+        remedy = "its running statistics are not the data's (BN301): bn.recalibrate(model, batches)"
+    elif unlike(survey):
+        remedy = "the batches are unlike one another (BN304): shuffle them"
+    else:
+        remedy = "gaps that are small in each layer add up: bn.recalibrate(model, batches)"
     yield Sign(first.name if first is not None else "", message, remedy, numbers)

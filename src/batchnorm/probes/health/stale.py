@@ -118,8 +118,8 @@ def stale_statistics(subject: Subject) -> Iterator[Sign]:
     one finding together.
 
     In eval mode such a layer does not normalize: what follows was trained on other inputs. It happens where the
-    momentum is too small for the steps that were made, after the weights were averaged or loaded without buffers, where
-    training batches were not like the data, and where the data have moved since.
+    momentum is too small for the steps that were made, after the weights were averaged or loaded without buffers,
+    behind dropout, where training batches were not like the data, and where the data have moved since.
 
     Remedy: ``bn.recalibrate(model, batches)``, on training data; for moved data ``bn.adapt``.
 
