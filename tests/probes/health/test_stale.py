@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+import batchnorm as bn
 from batchnorm.probes.health import diagnose
 from oracles.digits import batches, convnet, mlp, train
 
@@ -128,3 +129,23 @@ def test_a_frozen_layer_keeps_what_it_was_given():
         norm.running_mean.fill_(5.0)
     model[1].eval()
     assert [finding.layer for finding in stale(model, [torch.randn(200, 6) for _ in range(3)])] == ["3"]
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_layers_that_bn_freeze_froze_are_not_judged(mode):
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6)).train(mode)
+    for norm in (model[1], model[3]):
+        norm.running_mean.fill_(5.0)
+    bn.freeze(model, "1")
+    data = [torch.randn(200, 6) for _ in range(3)]
+    assert [finding.layer for finding in stale(model, data)] == ["3"]
+    bn.freeze(model)
+    assert not diagnose(model, data, select=["BN3"])
+    bn.unfreeze(model)
+    assert [finding.layer for finding in stale(model, data)] == ["1", "3"]
+
+
+def test_recalibration_makes_the_statistics_those_of_the_data():
+    model, data = lagging(0.01, 20), batches(60, 8)
+    for method in ("batch", "sequential"):
+        assert not stale(bn.recalibrate(model, data, method=method), data)
