@@ -114,7 +114,7 @@ def buffers_kept(model: nn.Module) -> Callable[[], None]:
 
     def restore() -> None:
         for module, buffers in held:
-            # Some modules assign a new tensor where others write into the old one. Those of a script cannot be exchanged.
+            # Some modules assign a new tensor where others write into the old one; a script cannot.
             if not isinstance(module, torch.jit.ScriptModule):
                 module._buffers.update(buffers)
         for buffer, value in values.items():
