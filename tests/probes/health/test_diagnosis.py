@@ -147,3 +147,11 @@ def test_bad_configuration_is_refused(text, message, tmp_path):
 def test_findings_match_by_code_and_name():
     (finding, _) = bn.diagnose(nn.BatchNorm1d(2))
     assert [matches(finding, wanted) for wanted in ("BN902", "BN9", "worse-*", "BN901")] == [True, True, True, False]
+
+
+def test_what_a_script_hides_is_said():
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), torch.jit.script(nn.ReLU()))
+    found = bn.diagnose(model, [torch.randn(32, 3) for _ in range(3)])
+    assert found.skipped["BN001"] == "needs a model in Python, without a ScriptModule in it"
+    assert "BN301" in found.checked

@@ -11,7 +11,7 @@ from torch import nn, optim
 from batchnorm._errors import InputError
 from batchnorm.probes.feeding import ForwardFn
 from batchnorm.probes.health.finding import SEVERITIES, Diagnosis, Finding
-from batchnorm.probes.health.rule import selected
+from batchnorm.probes.health.rule import Rule, selected
 from batchnorm.probes.health.subject import Subject
 
 
@@ -59,18 +59,28 @@ def diagnose(
     checked: list[str] = []
     skipped: dict[str, str] = {}
     for candidate in chosen:
-        missing = (candidate.needs == "batches" and batches is None) or (
-            candidate.needs == "optimizer" and optimizer is None
-        )
-        reason = candidate.needs if missing else subject.cannot_run if candidate.needs == "batches" else ""
-        if reason:
-            skipped[candidate.code] = f"needs {reason}"
+        missing = _missing(candidate, subject)
+        if missing:
+            skipped[candidate.code] = f"needs {missing}"
             continue
         findings += candidate.findings(subject)
         checked.append(candidate.code)
     # Stable: within a code the order is that of the layers.
     findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), finding.code))
     return Diagnosis(tuple(findings), len(subject.layers), tuple(checked), skipped)
+
+
+def _missing(candidate: Rule, subject: Subject) -> str:
+    """What the rule cannot do without and does not have; empty where it has all."""
+    match candidate.needs:
+        case "optimizer":
+            return "" if subject.optimizer is not None else "optimizer"
+        case "batches":
+            return "batches" if subject.batches is None else subject.cannot_run
+        case "wiring":
+            return subject.cannot_trace
+        case _:
+            return ""
 
 
 def _peeked(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:

@@ -103,7 +103,16 @@ class Subject:
         return ""
 
     @cached_property
+    def cannot_trace(self) -> str:
+        """Why the wiring cannot be seen at all; empty where it can."""
+        if any(isinstance(module, torch.jit.ScriptModule) for module in self.model.modules()):
+            return "a model in Python, without a ScriptModule in it"
+        return ""
+
+    @cached_property
     def _traced(self) -> tuple[Wiring, Failure | None]:
+        if self.cannot_trace:
+            return Wiring([], frozenset(), exact=False, whole=False), None
         tensors = [*self.model.parameters(), *self.model.buffers()]
         # To run a lazy model is to change it, and one without data does not run.
         if self.example is None or any(is_lazy(tensor) or tensor.device.type == "meta" for tensor in tensors):
