@@ -14,7 +14,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("page", "least"),
     [
+        ("../README.md", 2),
         ("data.md", 5),
+        ("doctor.md", 2),
         ("layers.md", 10),
         ("whitening.md", 3),
         ("interoperability.md", 3),
@@ -32,6 +34,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 )
 def test_every_example_runs(page, least, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # what an example writes goes with the test
+    monkeypatch.chdir(tmp_path)
     path = DOCS / page
     text = path.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
