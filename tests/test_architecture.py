@@ -84,8 +84,8 @@ def test_import_is_lean():
     assert loaded.isdisjoint(HEAVY | LIBRARIES)
 
 
-@pytest.mark.parametrize("room", ["nn", "ops", "moments"])
-def test_layers_need_torch_alone(room):
+@pytest.mark.parametrize("room", ["nn", "ops", "moments", "probes", "surgery"])
+def test_rooms_that_need_torch_alone(room):
     loaded = set(python(f"import sys, batchnorm; batchnorm.{room}; print(*sys.modules)").split())
     assert loaded.isdisjoint(HEAVY), loaded & HEAVY
 
