@@ -270,3 +270,27 @@ def test_both_readings_agree_on_batch_norms(architecture):
         found.append({(wiring.source(s).label, s.label, wiring.sole_user(wiring.source(s)) is s) for s in norms})
         assert len(norms) == sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     assert found[0] == found[1]
+
+
+class Packed(nn.Module):
+    """A recurrent layer on sequences of several lengths, between two batch norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.lstm, self.after = nn.BatchNorm1d(3), nn.LSTM(3, 4, batch_first=True), nn.BatchNorm1d(4)
+
+    def forward(self, x, lengths):
+        x = self.before(x).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        y, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
+        return self.after(y.transpose(1, 2))
+
+
+def test_a_packed_sequence_is_followed_though_it_cannot_hold_anything_but_tensors():
+    wiring = trace(Packed(), {"x": torch.randn(4, 3, 6), "lengths": torch.tensor([6, 2, 5, 3])})
+    (lstm,) = [step for step in wiring.steps if step.name == "lstm"]
+    assert lstm.arguments is None  # not known
+    read = wiring.source(lstm)
+    while read.name is None:
+        read = wiring.source(read)
+    assert read.name == "before"

@@ -103,8 +103,14 @@ class Recorder(TorchFunctionMode):
         values = given if read is None else tensors(read)
         inputs = [self.made.get(id(tensor), OUTSIDE) for tensor in values if id(tensor) not in self.own]
         shape = tuple(given[0].shape) if given else None
-        known = pytree.tree_map_only(Tensor, lambda tensor: Made(self.made.get(id(tensor), OUTSIDE)), arguments)
-        return Step(-1, inputs=inputs, input_shape=shape, arguments=known), given
+        return Step(-1, inputs=inputs, input_shape=shape, arguments=self._known(arguments)), given
+
+    def _known(self, arguments: Any) -> Any:
+        try:
+            return pytree.tree_map_only(Tensor, lambda tensor: Made(self.made.get(id(tensor), OUTSIDE)), arguments)
+        except Exception:  # noqa: BLE001
+            # Some containers accept tensors alone, as the PackedSequence of a recurrent layer does.
+            return None
 
     def _end(self, step: Step, made: list[Tensor], overwritten: list[Tensor]) -> None:
         step.index = len(self.steps)
