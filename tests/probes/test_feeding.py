@@ -115,3 +115,17 @@ def test_a_script_is_left_as_it_was():
     with undisturbed(model, training=True):
         model(torch.randn(4, 3))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_packed_sequence_moves_with_its_batch_sizes_left_on_the_cpu():
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(1, 2)])
+    moved = on_device({"x": packed, "y": (packed, torch.zeros(2))}, torch.device("cpu"))
+    assert moved["x"] is packed
+    assert moved["y"][0] is packed
+
+    class Elsewhere(nn.utils.rnn.PackedSequence):
+        def to(self, device):
+            return f"on {device}"
+
+    there = on_device([Elsewhere(*packed)], torch.device("cuda", 0))
+    assert there == ["on cuda:0"]

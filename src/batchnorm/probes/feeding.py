@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 _probing = ContextVar("probing", default=False)
@@ -65,7 +66,17 @@ def on_device(batch: Any, device: torch.device | None) -> Any:
     """``batch`` with its tensors on ``device``; as it is where that is None."""
     if device is None or device.type == "meta":
         return batch
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor if tensor.device == device else tensor.to(device), batch)
+    # A PackedSequence moves as one: its batch sizes stay where they are.
+    return pytree.tree_map_only(
+        Tensor | PackedSequence,
+        lambda item: item if _device(item) == device else item.to(device),
+        batch,
+        is_leaf=lambda item: isinstance(item, PackedSequence),
+    )
+
+
+def _device(item: Tensor | PackedSequence) -> torch.device:
+    return item.data.device if isinstance(item, PackedSequence) else item.device
 
 
 @contextmanager
