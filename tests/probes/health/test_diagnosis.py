@@ -155,3 +155,19 @@ def test_what_a_script_hides_is_said():
     found = bn.diagnose(model, [torch.randn(32, 3) for _ in range(3)])
     assert found.skipped["BN001"] == "needs a model in Python, without a ScriptModule in it"
     assert "BN301" in found.checked
+
+
+@pytest.mark.parametrize("batches", [torch.randn(8, 3), {"x": torch.randn(8, 3)}, "loader", 5])
+def test_one_batch_in_the_place_of_several_is_refused(batches):
+    with pytest.raises(bn.InputError, match=f"expected batches to iterate over, got .*{type(batches).__name__}"):
+        bn.diagnose(nn.Sequential(nn.BatchNorm1d(3)), batches)
+
+
+def test_something_that_is_no_optimizer_is_refused():
+    with pytest.raises(bn.InputError, match=r"expected optimizer= to be a torch.optim.Optimizer, got float"):
+        bn.diagnose(nn.BatchNorm1d(3), optimizer=0.1)
+
+
+def test_a_lone_code_is_no_list_of_letters():
+    assert set(bn.diagnose(nn.BatchNorm1d(3), select="BN20").checked) == {f"BN20{i}" for i in range(1, 7)}
+    assert "BN201" not in bn.diagnose(nn.BatchNorm1d(3), ignore="never-updated").checked

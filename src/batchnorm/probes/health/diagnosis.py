@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
 from batchnorm._errors import InputError
 from batchnorm.probes.feeding import ForwardFn
@@ -46,10 +46,13 @@ def diagnose(
         The findings, the worst first.
 
     Raises:
-        InputError: (ValueError) no such rule; no batch in ``batches``; a model that is no ``nn.Module``.
+        InputError: (ValueError) no such rule; no batch in ``batches``, or one batch in the place of several; a model
+            that is no ``nn.Module``; an optimizer that is none.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise InputError(f"expected optimizer= to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     chosen = selected(select, ignore)
     if batches is not None:
         batches, first = _peeked(batches)
@@ -85,6 +88,11 @@ def _missing(candidate: Rule, subject: Subject) -> str:
 
 def _peeked(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:
     """The same batches, and the first of them."""
+    # To go through one of these is to take its rows, keys or letters for batches.
+    if isinstance(batches, Tensor | Mapping | str):
+        raise InputError(f"expected batches to iterate over, got one {type(batches).__name__}: give a list of batches")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise InputError(f"expected batches to iterate over, got {type(batches).__name__}")
     iterator = iter(batches)
     first = next(iterator, _NOTHING)
     if first is _NOTHING:

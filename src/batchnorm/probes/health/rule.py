@@ -104,6 +104,9 @@ def selected(select: Collection[str] | None = None, ignore: Collection[str] = ()
     Raises:
         InputError: (ValueError) something selects no rule at all.
     """
+    # A lone name is a list of one, not of its letters.
+    select = [select] if isinstance(select, str) else select
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     for wanted in (*(select or ()), *ignore):
         if not any(matches(candidate, wanted) for candidate in rules()):
             raise InputError(f"expected a rule's code or name, got {wanted!r}: batchnorm doctor --rules lists them")
