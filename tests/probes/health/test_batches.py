@@ -230,3 +230,12 @@ def test_borders_of_images_are_not_padding():
     assert not found("BN305", convnet(), batches(60, 4))
     rows = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4))
     assert not found("BN305", rows, [images[:60].flatten(2), images[60:120].flatten(2)])
+
+
+def test_unlike_calls_of_one_layer_are_not_blamed_on_the_order_of_the_data():
+    def both(model, batch):
+        return model(batch), model(3 + batch)
+
+    data = normal(32, 8, 4, 4)
+    (finding,) = bn.diagnose(nn.Sequential(nn.BatchNorm2d(3)), data, forward_fn=both, select=["BN304"])
+    assert finding.remedy.startswith("it is called 2 times a batch: one call, or a layer for each (BN004)")

@@ -120,7 +120,9 @@ def non_iid_batches(subject: Subject) -> Iterator[Sign]:
     In training each batch is then normalized by statistics that are not the population's: what tells the batches apart
     is taken away, and is back in eval mode. On digits, batches of one class each break batch norm altogether.
 
-    Remedy: shuffle (``DataLoader(..., shuffle=True)``); where that cannot be, ``bn.convert(model, to="group")``.
+    Remedy: shuffle (``DataLoader(..., shuffle=True)``); where that cannot be, ``bn.convert(model, to="group")``. Each
+    call of a layer counts as a batch: where a pass has several, as of a discriminator that is given real and generated
+    images in turn, one call for all of them, or a layer for each.
 
     False alarms: batches that were put in order only for this; a stream in time that is trained in its order knowingly.
     """
@@ -128,12 +130,17 @@ def non_iid_batches(subject: Subject) -> Iterator[Sign]:
     if found:
         share, ratio, seen = max(found, key=lambda case: case[0])
         layers = sum(seen.learns for seen in subject.survey.layers)
+        remedy = 'shuffle the data (DataLoader(..., shuffle=True)); where that cannot be, bn.convert(model, to="group")'
+        calls = len(seen.evaluated.counts) / len(subject.survey.sizes)
+        if calls > 1:
+            # What tells them apart may be the place of the call: real and generated images, two domains, time steps.
+            remedy = f"it is called {calls:.3g} times a batch: one call, or a layer for each (BN004); else {remedy}"
         yield Sign(
             seen.name,
             f"batches are unlike one another at {len(found)} of {layers} batch norms; at {seen.name} they explain "
             f"{share:.0%} of the variance between samples, and their means vary {ratio:.3g} times as much as chance "
             "would have it",
-            'shuffle the data (DataLoader(..., shuffle=True)); where that cannot be, bn.convert(model, to="group")',
+            remedy,
             {"share": share, "variance_ratio": ratio, "layers": len(found), "batches": len(subject.survey.sizes)},
         )
 
