@@ -103,3 +103,9 @@ def test_an_example_that_fails_elsewhere_is_an_error():
         bn.diagnose(model, example=torch.randn(5, 3))
     assert not model[0]._forward_hooks
     assert not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("norm", "shape"), [(nn.BatchNorm1d(5), (5,)), (nn.BatchNorm2d(5), (5, 4, 4))])
+def test_an_example_without_the_dimension_of_samples(norm, shape):
+    (finding,) = bn.diagnose(nn.Sequential(norm), example=torch.randn(shape), select=["BN005"])
+    assert finding.remedy.startswith("the dimension of samples is missing: give a batch (N, C, ...)")

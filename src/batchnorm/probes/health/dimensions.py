@@ -75,6 +75,8 @@ def _stopped(failure: Failure) -> Sign:
     message = f"the example fails here: got {shape}, expected {features} channels in dimension 1"
     if len(shape) > 1 and shape[1] == features:
         message = f"the example fails here: got {shape}: {said}"
+    elif shape and shape[0] == features and f"(got {len(shape)}D input)" in said:
+        remedy = "the dimension of samples is missing: give a batch (N, C, ...), of one sample x.unsqueeze(0)"
     elif features in shape[2:]:
         remedy = (
             f"bring the channels to dimension 1 before it: x.movedim({len(shape) - 1 - shape[::-1].index(features)}, 1)"
