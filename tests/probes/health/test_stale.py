@@ -149,3 +149,14 @@ def test_recalibration_makes_the_statistics_those_of_the_data():
     model, data = lagging(0.01, 20), batches(60, 8)
     for method in ("batch", "sequential"):
         assert not stale(bn.recalibrate(model, data, method=method), data)
+
+
+def test_nan_in_one_channel_leaves_the_numbers_of_the_others():
+    norm = nn.BatchNorm1d(3)
+    norm.running_mean.copy_(torch.tensor([float("nan"), 2.0, 0.0]))
+    norm.running_var.fill_(9.0)
+    found = bn.diagnose(nn.Sequential(norm).eval(), [torch.randn(64, 3) for _ in range(6)], select=["BN301"])
+    (finding,) = found
+    assert finding.numbers["channels"] == 3
+    assert "nan" not in finding.message
+    assert 1.5 < finding.numbers["largest_mean_gap"] < 2.5

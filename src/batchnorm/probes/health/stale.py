@@ -158,7 +158,8 @@ def _worst(gap: Gap) -> float:
 
 
 def _numbers(far: Tensor, gap: Gap) -> dict[str, float]:
-    apart, log_var = gap.mean[far], gap.log_var[far]
+    # A channel with NaN in one of the two is far off by the other; that NaN is there is BN204's to say.
+    apart, log_var = gap.mean[far].nan_to_num(0.0), gap.log_var[far].nan_to_num(0.0)
     return {
         "largest_mean_gap": float(apart.max()),
         "median_var_ratio": float(log_var.median().exp()),
