@@ -130,3 +130,16 @@ def test_nothing_half_written(state, tmp_path):
     assert list(tmp_path.iterdir()) == []
     save_file(state, tmp_path / "y.safetensors")
     assert set(load_file(tmp_path / "y.safetensors")) == set(state)
+
+
+def test_weights_without_running_statistics_are_told_apart_from_those_of_another_model(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    torch.save(dict(model.named_parameters()), tmp_path / "averaged.pt")
+    with pytest.raises(bn.CheckpointError, match=r"lacks running statistics \(missing 1.running_mean, .*strict=False"):
+        load_into(model, read_checkpoint(tmp_path / "averaged.pt"))
+
+
+def test_what_is_no_checkpoint_is_not_told_by_a_key_alone(tmp_path):
+    (tmp_path / "junk.pt").write_text("hello")  # of which pickle says KeyError: 101
+    with pytest.raises(bn.CheckpointError, match="is damaged or no file of weights: KeyError 101"):
+        read_checkpoint(tmp_path / "junk.pt")

@@ -33,6 +33,8 @@ _PREFIXES = (
 )
 """What wrappers put before a model's keys: parallel ones and averages, torch.compile, Lightning modules."""
 
+_STATISTICS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+
 _OF_WRAPPERS = frozenset({"n_averaged"})
 """Keys that belong to a wrapper: ``torch.optim.swa_utils.AveragedModel`` counts in one."""
 
@@ -105,6 +107,11 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> 
     state, prefix = _without_prefix(model, checkpoint.state)
     own = model.state_dict()
     missing, foreign = [key for key in own if key not in state], [key for key in state if key not in own]
+    if strict and missing and not foreign and all(key.rpartition(".")[2] in _STATISTICS for key in missing):
+        raise CheckpointError(
+            f"{str(checkpoint.path)!r} lacks running statistics ({_some('missing', missing)}), as weights do that were "
+            "averaged or saved without buffers: load it in the factory, with strict=False, and recalibrate"
+        )
     if strict and (missing or foreign):
         raise CheckpointError(
             f"{str(checkpoint.path)!r} does not belong to this model: "
@@ -228,5 +235,6 @@ def _keys(document: Any) -> str:
 
 
 def _line(error: BaseException) -> str:
-    lines = str(error).split("\n")
-    return " ".join(lines[0].split()) or type(error).__name__
+    said = " ".join(str(error).split("\n")[0].split())
+    # A KeyError says its key and nothing more.
+    return f"{type(error).__name__} {said}".strip() if isinstance(error, LookupError) or not said else said
