@@ -42,6 +42,15 @@ def loader():
         yield 3 + 2 * torch.randn(16, 3, 6, 6, generator=generator), torch.zeros(16)
 
 
+def one():
+    return torch.randn(16, 3, 6, 6)
+
+
+def frozen():
+    model = nn.Sequential(*[nn.BatchNorm1d(3) for _ in range(3)])
+    return model.requires_grad_(False)
+
+
 def broken():
     raise RuntimeError("no such weights\\nhere")
 
@@ -163,6 +172,9 @@ def test_rules_are_listed_and_explained(call: Call) -> None:
         (["nets:build", "--kwargs", '{"size": 1}'], 1, "nets:build fails: TypeError: build() got an unexpected"),
         (["nets:build", "--select", "BN9"], 1, "expected a rule's code or name, got 'BN9'"),
         (["nets:build", "--example-shape", "3,x"], 2, "expected sizes parted by commas, such as 1,3,224,224"),
+        (["nets:build", "--data", "nets:one"], 1, "expected nets:one to give batches to iterate over, got Tensor"),
+        (["nets:build", "--data", "nets:loader", "--columns", "x"], 2, "--stats and --columns are for files"),
+        (["nets:build", "--key", "ema"], 2, "--key is a place in a --checkpoint"),
         (["nets:build", "--data", "absent.npy"], 1, "no such file or folder: 'absent.npy'"),
         (["nets:build", "--data", "nets:thing.training"], 1, "to give batches to iterate over, got bool"),
     ],
@@ -180,3 +192,16 @@ def test_a_model_of_the_module_itself_in_a_process_of_its_own(project: Path) -> 
     done = shell("doctor", "nets:thing", "--select", "BN204", cwd=project)
     assert (done.code, done.err) == (0, "")
     assert "nothing found" in done.out
+
+
+def test_the_columns_of_a_file_are_chosen(project: Path, call: Call) -> None:
+    np.savez(project / "two.npz", x=np.random.default_rng(0).normal(size=(64, 3)), y=np.zeros(64))
+    done = call("doctor", "nets:frozen", "--data", "two.npz", "--columns", "x", "--select", "BN308", "--json")
+    assert (done.code, done.err) == (0, "")
+    assert json.loads(done.out)["checked"] == ["BN308"]
+
+
+def test_a_remedy_that_names_its_layer_is_shown_once_for_all(call: Call) -> None:
+    done = call("doctor", "nets:frozen", "--select", "BN102")
+    assert done.out.count("BN102") == 1
+    assert "bn.freeze(model, ['0', '1', '2'])" in done.out

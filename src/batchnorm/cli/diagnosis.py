@@ -44,8 +44,19 @@ def _alike(findings: list[Finding]) -> list[list[Finding]]:
     """Findings with one remedy are one entry: the first is shown with its numbers, the others by their layers."""
     groups: dict[str, list[Finding]] = {}
     for finding in findings:
-        groups.setdefault(finding.remedy, []).append(finding)
+        # A remedy that names the layer is the same for each.
+        groups.setdefault(finding.remedy.replace(repr(finding.layer), ""), []).append(finding)
     return list(groups.values())
+
+
+def _remedy(findings: list[Finding]) -> str:
+    """The remedy of all: where it names the layer, it names them all."""
+    first = findings[0]
+    if len(findings) == 1 or not first.layer:
+        return first.remedy
+    names = [repr(finding.layer) for finding in findings]
+    shown = names if len(names) <= _LAYERS + 1 else [*names[:_LAYERS], "..."]
+    return first.remedy.replace(repr(first.layer), f"[{', '.join(shown)}]")
 
 
 def _entry(findings: list[Finding]) -> list[RenderableType]:
@@ -58,7 +69,7 @@ def _entry(findings: list[Finding]) -> list[RenderableType]:
         others = [finding.layer for finding in findings[1:]]
         more = f" and {len(others) - _LAYERS} more" if len(others) > _LAYERS else ""
         lines.append(Padding(Text(f"likewise {', '.join(others[:_LAYERS])}{more}", "dim"), (0, 0, 0, 2)))
-    lines += [Padding(Text.assemble(("\u2192 ", "green"), first.remedy), (0, 0, 0, 2)), Text()]
+    lines += [Padding(Text.assemble(("\u2192 ", "green"), _remedy(findings)), (0, 0, 0, 2)), Text()]
     return lines
 
 

@@ -72,6 +72,7 @@ def doctor(
     checkpoint: Path | None,
     key: str | None,
     data: str | None,
+    columns: tuple[str, ...] | None,
     batch_size: int,
     stats: Path | None,
     example_shape: tuple[int, ...] | None,
@@ -101,7 +102,7 @@ def doctor(
     wanted = _wanted(select, ignore, fail_on, config, no_config)
     with options.warnings_told():
         loaded = models.load_model(model, kwargs, checkpoint, key)
-        batches = None if data is None else models.Again(models.batches(data, batch_size, stats, loaded.model))
+        batches = None if data is None else models.Again(models.batches(data, columns, batch_size, stats, loaded.model))
         example = None if example_shape is None else models.example_of(example_shape, loaded.model)
         with models.failures_told(model):
             found = diagnose(

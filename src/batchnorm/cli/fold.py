@@ -46,6 +46,7 @@ def fold(
     checkpoint: Path | None,
     key: str | None,
     data: str | None,
+    columns: tuple[str, ...] | None,
     batch_size: int,
     stats: Path | None,
     example_shape: tuple[int, ...] | None,
@@ -70,7 +71,7 @@ def fold(
     with options.warnings_told():
         loaded = models.load_model(model, kwargs, checkpoint, key)
         if data is not None:
-            example = models.first(models.batches(data, batch_size, stats, loaded.model), data)
+            example = models.first(models.batches(data, columns, batch_size, stats, loaded.model), data)
         else:
             assert example_shape is not None
             example = models.example_of(example_shape, loaded.model)

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchnorm._errors import BatchnormError, InputError
+from batchnorm.cli import options
 from batchnorm.cli.options import Command
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def checkpoint_options(required: bool = False) -> Callable[[Command], Command]:
 
 
 def data_options(required: bool = False) -> Callable[[Command], Command]:
-    """``--data``, ``--batch-size`` and ``--stats``."""
+    """``--data``, ``--columns``, ``--batch-size`` and ``--stats``."""
 
     def decorate(command: Command) -> Command:
         for option in (
@@ -88,6 +89,7 @@ def data_options(required: bool = False) -> Callable[[Command], Command]:
                 metavar="N",
                 help="Samples in a batch, of files.",
             ),
+            options.columns,
             click.option(
                 "--data",
                 metavar="SRC",
@@ -123,6 +125,8 @@ def load_model(where: str, kwargs: dict[str, Any], checkpoint: Path | None, key:
         raise InputError(
             f"expected {where} to give a torch.nn.Module, or one and its optimizer, got {type(made).__name__}"
         )
+    if key is not None and checkpoint is None:
+        raise click.UsageError("--key is a place in a --checkpoint")
     loaded = Loaded(model, optimizer, *_source_of(factory))
     if checkpoint is not None:
         from batchnorm.surgery.checkpoints import load_into, read_checkpoint
@@ -156,24 +160,29 @@ def find(where: str) -> Any:
     return found
 
 
-def batches(source: str, batch_size: int, stats: Path | None, model: nn.Module) -> Callable[[], Iterator[Any]]:
+def batches(
+    source: str, columns: tuple[str, ...] | None, batch_size: int, stats: Path | None, model: nn.Module
+) -> Callable[[], Iterator[Any]]:
     """How to go through the data of ``--data``: each call begins anew.
 
     Of files a batch is a float tensor, of the model's dtype. Raises InputError for what cannot be read.
     """
     if ":" in source and not Path(source).exists():
-        if stats is not None:
-            raise click.UsageError("--stats is for files: a function's batches go to the model as they are")
+        import torch
+
+        if stats is not None or columns is not None:
+            raise click.UsageError("--stats and --columns are for files: a function's batches are taken as they are")
         function = find(source)
         first = _called(source, function, {}) if callable(function) else function
-        if not hasattr(first, "__iter__"):
+        # One batch can be gone through too, by its rows or keys.
+        if not hasattr(first, "__iter__") or isinstance(first, torch.Tensor | Mapping | str):
             raise InputError(f"expected {source} to give batches to iterate over, got {type(first).__name__}")
         # A generator is spent after one pass: the function is called again for the next.
         again = isinstance(first, Iterator) and callable(function)
         return lambda: iter(function() if again else first)
     from batchnorm.preprocessing.sources import open_source
 
-    opened = open_source(source, batch_rows=batch_size)
+    opened = open_source(source, columns=columns, batch_rows=batch_size)
     estimator = None
     if stats is not None:
         from batchnorm.preprocessing import load

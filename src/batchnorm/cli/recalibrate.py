@@ -36,6 +36,7 @@ def recalibrate(
     checkpoint: Path,
     key: str | None,
     data: str,
+    columns: tuple[str, ...] | None,
     batch_size: int,
     stats: Path | None,
     num_batches: int | None,
@@ -55,7 +56,7 @@ def recalibrate(
     with options.warnings_told():
         loaded = models.load_model(model, kwargs, checkpoint, key)
         assert loaded.checkpoint is not None
-        batches = models.Again(models.batches(data, batch_size, stats, loaded.model))
+        batches = models.Again(models.batches(data, columns, batch_size, stats, loaded.model))
         with options.Meter("recalibrating", unit="batches") as meter, models.failures_told(model):
             mended = bn.recalibrate(loaded.model, batches, num_batches=num_batches, progress=meter)
     write_checkpoint(updated(loaded.checkpoint, mended, loaded.prefix), out)
