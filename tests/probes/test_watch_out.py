@@ -148,3 +148,21 @@ def test_shift_is_that_of_the_records(watch):
     rows = watch.shift()
     assert {row["layer"] for row in rows} == {record["layer"] for record in watch.records}
     assert rows == shift(watch.records)
+
+
+def test_what_cannot_be_watched_with_or_written_to_is_refused_at_once():
+    with pytest.raises(bn.InputError, match=r"expected a torch.nn.Module to watch, got NoneType"):
+        bn.watch(None)
+    with pytest.raises(bn.InputError, match="expected on_look to be a function of the watch, got 5"):
+        bn.watch(nn.BatchNorm1d(3), on_look=5)
+    with bn.watch(nn.BatchNorm1d(3)) as watch:
+        watch.model(torch.randn(8, 3))
+    with pytest.raises(bn.InputError, match=r"expected a SummaryWriter of torch.utils.tensorboard, got 'runs'"):
+        watch.to_tensorboard("runs")
+
+
+def test_the_shift_of_a_short_run_takes_skip_too():
+    with bn.watch(nn.BatchNorm1d(3), every=1) as watch:
+        for _ in range(3):
+            watch.model(torch.randn(8, 3))
+    assert watch.shift(skip=0) == bn.probes.shift(watch.records, skip=0) != watch.shift()

@@ -55,6 +55,10 @@ class Watch:
         manual: bool,
     ) -> None:
         _check(every, units, max_records, modes)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"expected a torch.nn.Module to watch, got {type(model).__name__}")
+        if on_look is not None and not callable(on_look):
+            raise InputError(f"expected on_look to be a function of the watch, got {on_look!r}")
         inner, _ = unwrapped(model)
         if isinstance(inner, torch.jit.ScriptModule):
             raise InputError("expected a model that runs in Python, got a scripted one: watch it before torch.jit")
@@ -234,9 +238,9 @@ class Watch:
             raise InputError(f"expected a watched layer, got {layer!r}: one of {', '.join(map(repr, self._kinds))}")
         raise InputError(f"expected a look at {layer!r}, got none yet: {self.unseen.get(layer, 'it was not called')}")
 
-    def shift(self) -> list[dict[str, Any]]:
+    def shift(self, skip: int = 100) -> list[dict[str, Any]]:
         """How far the distributions moved: :func:`batchnorm.probes.shift.shift` of the records."""
-        return shift(self.records)
+        return shift(self.records, skip)
 
     def scalars(self, step: int | None = None) -> dict[str, float]:
         """The last look, or that of ``step``, as flat numbers by name (``"bn/<layer>/mean_gap_max"``).

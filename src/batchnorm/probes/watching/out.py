@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchnorm._errors import OutputError, RecordsError
+from batchnorm._errors import InputError, OutputError, RecordsError
 from batchnorm.probes.watching.sight import Sight, moments_of
 from batchnorm.probes.watching.statistics import Array
 
@@ -87,6 +87,8 @@ def _finite(statistic: Any, values: Array) -> float:
 
 def to_tensorboard(watch: Any, writer: SummaryWriter, looks: Iterable[tuple[int, list[Sight]]]) -> None:
     """Scalars as :func:`scalars` names them, and histograms over units: ``bn/<layer>/input`` of all percentiles."""
+    if not hasattr(writer, "add_scalar"):
+        raise InputError(f"expected a SummaryWriter of torch.utils.tensorboard, got {writer!r}")
     before = _written.setdefault(writer, weakref.WeakKeyDictionary())
     last = before.get(watch, -1)
     names = tags(watch.layers)
