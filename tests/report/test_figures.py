@@ -9,6 +9,7 @@ import pytest
 
 from batchnorm._errors import MissingDependencyError
 from batchnorm.report.figures import peers, plot
+from batchnorm.report.traces import Key, line
 from batchnorm.study.document import Series
 from report import samples
 
@@ -173,3 +174,10 @@ def test_grids_that_stand_together_share_their_colours() -> None:
     (group,) = peers([first, second])
     ends = [(panel.data[0]["zmin"], panel.data[0]["zmax"]) for item in group for panel in plot(item, group).panels]
     assert ends == [(0.1, 2.0), (0.1, 2.0)]
+
+
+@pytest.mark.parametrize(("points", "mode"), [(1, "lines+markers"), (2, "lines"), (3, "lines+markers"), (500, "lines")])
+def test_a_single_point_is_seen_though_it_is_no_line(points: int, mode: str) -> None:
+    xs = tuple(float(at) for at in range(points))
+    (drawn,) = line(Series("layer", xs, xs), Key(0, "layer", "#000000", "circle", "solid"))
+    assert drawn["mode"] == mode

@@ -51,8 +51,9 @@ def line(series: Series, key: Key) -> Iterable[dict[str, Any]]:
         "type": "scatter",
         "x": places(series.x),
         "y": [short(value) for value in series.y],
-        # Two points are a mark to compare with, many are a curve; markers are for measurements few enough to count.
-        "mode": "lines+markers" if 2 < len(series.x) <= _FEW_POINTS else "lines",
+        # Two points are a mark to compare with, many are a curve; markers are for measurements few enough to count, and
+        # for a single one, of which there is no line.
+        "mode": "lines+markers" if len(series.x) <= _FEW_POINTS and len(series.x) != 2 else "lines",
         "line": {"color": key.colour, "width": 2.25, "dash": key.dash},
         "marker": {"color": key.colour, "size": 6},
         **_hover(series, key),
