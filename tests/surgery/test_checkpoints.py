@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 import batchnorm as bn
@@ -119,6 +119,38 @@ def test_an_averaged_model_s_counter_is_none_of_the_model_s_keys(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(net(), use_buffers=True)
     torch.save(averaged.state_dict(), tmp_path / "swa.pt")
     assert load_into(net(), read_checkpoint(tmp_path / "swa.pt")) == "module."
+
+
+def test_one_name_of_a_shared_tensor_is_enough(tmp_path):
+    def shared():
+        layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        return nn.Sequential(layer, norm, layer, norm)
+
+    trained, model = randomize_statistics(shared(), 2), shared()
+    save_model(trained, str(tmp_path / "net.safetensors"))
+    found = read_checkpoint(tmp_path / "net.safetensors")
+    assert len(found.state) < len(trained.state_dict())
+    load_into(model, found)
+    assert all(torch.equal(value, trained.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(bn.CheckpointError, match=r"missing 1\.running_mean, 3\.running_mean"):
+        load_into(model, Checkpoint(Path("x"), {k: v for k, v in found.state.items() if "mean" not in k}, ()))
+
+
+def test_counters_may_be_missing(state):
+    old, model = {key: value for key, value in state.items() if "num_batches" not in key}, net()
+    load_into(model, Checkpoint(Path("old.pt"), old, ()))
+    assert torch.equal(model[1].running_mean, state["1.running_mean"])
+    assert set(updated(Checkpoint(Path("old.pt"), old, ()), model, "").state) == set(old)
+
+
+def test_what_did_not_change_is_not_rounded_to_the_model_s_type(state):
+    given, model = Checkpoint(Path("net.pt"), state, ()), net().bfloat16()
+    load_into(model, given)
+    with torch.no_grad():
+        model[1].running_var.fill_(3)
+    new = updated(given, model, "").state
+    assert (new["1.running_var"] == 3).all()
+    assert all(torch.equal(new[key], state[key]) for key in state if key != "1.running_var")
 
 
 def test_nothing_half_written(state, tmp_path):

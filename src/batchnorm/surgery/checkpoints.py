@@ -100,13 +100,18 @@ def read_checkpoint(path: str | PathLike[str], key: str | None = None) -> Checkp
 def load_into(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> str:
     """Load the weights; the prefix that wrappers put before the model's keys is taken off, and returned.
 
+    A tensor that the model has under several names may be in the file under one of them, as safetensors' ``save_model``
+    writes it, and the counters of batches may be missing, as in files from before torch had them and in ported ones.
+
     Raises:
         CheckpointError: (ValueError) keys are missing or left over, unless ``strict`` is False, or shapes differ; the
             model is as it was.
     """
     state, prefix = _without_prefix(model, checkpoint.state)
-    own = model.state_dict()
-    missing, foreign = [key for key in own if key not in state], [key for key in state if key not in own]
+    own = model.state_dict(keep_vars=True)
+    given = {id(own[key]) for key in state if key in own}
+    missing = [key for key in own if key not in state and id(own[key]) not in given and not _is_counter(key)]
+    foreign = [key for key in state if key not in own]
     if strict and missing and not foreign and all(key.rpartition(".")[2] in _STATISTICS for key in missing):
         raise CheckpointError(
             f"{str(checkpoint.path)!r} lacks running statistics ({_some('missing', missing)}), as weights do that were "
@@ -130,14 +135,19 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> 
 
 
 def updated(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> Checkpoint:
-    """The checkpoint with the model's values in place of its own, for each key that it has; types stay as they were."""
+    """The checkpoint with the model's values in place of its own, for each key that it has; types stay as they were.
+
+    What the model has as it was loaded stays to the bit, though the model's type may be a coarser one.
+    """
     document = _copied(checkpoint.document)
     state = document
     for key in checkpoint.place:
         state = state[key]
     for key, value in model.state_dict().items():
         old = state.get(prefix + key)
-        if isinstance(old, Tensor) and isinstance(value, Tensor):
+        if not isinstance(old, Tensor) or not isinstance(value, Tensor):
+            continue
+        if not torch.equal(old.to(value), value):
             state[prefix + key] = value.detach().to(device="cpu", dtype=old.dtype)
     return Checkpoint(checkpoint.path, document, checkpoint.place, checkpoint.metadata)
 
@@ -219,6 +229,10 @@ def _copied(document: Any) -> Any:
             made[key] = _copied(value)
         return made
     return document
+
+
+def _is_counter(key: str) -> bool:
+    return key.rpartition(".")[2] == "num_batches_tracked"
 
 
 def _some(what: str, keys: list[str]) -> str:
