@@ -114,6 +114,20 @@ def test_models_without_statistics_to_move():
             bn.recalibrate(net, [torch.randn(5, 3)])
 
 
+def test_what_lets_the_statistics_of_frozen_layers_move():
+    model, batches = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), [torch.randn(5, 3)]
+    bn.freeze(model)
+    with pytest.raises(bn.InputError, match=r"got 1 without \(1 frozen: bn.unfreeze\(model\) lets them move\)"):
+        bn.recalibrate(model, batches)
+    bn.recalibrate(bn.unfreeze(model), batches)
+    bn.convert(model, "frozen")
+    with pytest.raises(
+        bn.InputError, match=r'got 0 without \(1 constant by .*: bn.convert\(model, to="torch", layers="\*"'
+    ):
+        bn.recalibrate(model, batches)
+    bn.recalibrate(bn.convert(model, to="torch", layers="*"), batches)
+
+
 @pytest.mark.parametrize("layer", [nn.LazyBatchNorm1d(), nn.BatchNorm1d(3, device="meta")], ids=["lazy", "meta"])
 def test_layers_without_values(layer):
     with pytest.raises(bn.SurgeryError, match="'1': expected a layer with values, got one without yet"):

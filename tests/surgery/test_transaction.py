@@ -102,3 +102,14 @@ def test_models_are_not_kept_alive():
     del model
     gc.collect()
     assert len(history) == before
+
+
+def test_wrappers_make_no_difference_to_what_is_known():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    bn.convert(model, "ours")
+    compiled = torch.compile(model, backend="eager")
+    assert len(bn.changes(compiled)) == 1
+    bn.freeze(nn.DataParallel(model))
+    assert [change.layer for change in bn.changes(model)] == ["module.1"]
+    folded = bn.fold(compiled.eval(), torch.randn(4, 2))
+    assert len(bn.changes(folded, last=False)) == 4

@@ -59,6 +59,13 @@ A plain dictionary: ``"affine"`` is what required a gradient, by name; ``"update
 """
 
 
+RECALIBRATED = "batchnorm_recalibrated"
+"""The attribute in which :func:`batchnorm.recalibrate` notes, in a ``swa_utils.AveragedModel``, its ``n_averaged``.
+
+As long as that number is the same, running statistics are those of the averaged weights: nothing else tells.
+"""
+
+
 def frozen_parts(module: nn.Module) -> frozenset[str]:
     """What :func:`batchnorm.freeze` has frozen of ``module``: of "affine", "update" and "use"; empty where nothing."""
     return frozenset(module.__dict__.get(FROZEN, ()))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from batchnorm.nn.recognition import unwrapped
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
@@ -62,13 +64,14 @@ def changes(model: Model, last: bool = True) -> Changes:
     """What the package changed in ``model``, in this process.
 
     Args:
-        model: what a function of :mod:`batchnorm.surgery` returned.
+        model: what a function of :mod:`batchnorm.surgery` returned. torch.compile and the parallel wrappers around it
+            make no difference.
         last: the latest operation alone; with False, all of them, oldest first.
 
     Returns:
         Empty where nothing was done. Of a copy nothing is known but what was done to it after it was made.
     """
-    done = _history.get(model, [])
+    done = _history.get(_known_as(model), [])
     if last:
         done = done[-1:]
     return Changes(change for _, found in done for change in found)
@@ -83,7 +86,8 @@ def remember(model: Model, operation: str, found: list[Change], before: Model | 
         found: what it did.
         before: the root that it was given, where that is another; its history goes on.
     """
-    done = Changes(found)
+    done, model = Changes(found), _known_as(model)
+    before = None if before is None else _known_as(before)
     if before is not None and before is not model:
         _history[model] = list(_history.get(before, []))
     _history.setdefault(model, []).append((operation, done))
@@ -94,4 +98,9 @@ def remember(model: Model, operation: str, found: list[Change], before: Model | 
 
 def stands_for(wrapper: nn.Module, model: nn.Module) -> None:
     """``wrapper`` holds ``model``: what is known of one, now and later, is known of the other."""
-    _history[wrapper] = _history.setdefault(model, [])
+    _history[wrapper] = _history.setdefault(_known_as(model), [])
+
+
+def _known_as(model: Model) -> Model:
+    """Wrappers come and go: what is known is known of the model inside."""
+    return unwrapped(model)[0] if isinstance(model, nn.Module) else model

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.swa_utils import AveragedModel
 
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
-from batchnorm.nn.recognition import Layer, unwrapped
+from batchnorm.nn.recognition import RECALIBRATED, Layer, batch_norms, frozen_parts, is_frozen, unwrapped
 from batchnorm.probes.feeding import ForwardFn, call, device_of, on_device, undisturbed
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.convergence import Convergence
@@ -124,8 +125,15 @@ def recalibrate(
         )
     if run.unsettled:
         warnings.warn(run.unsettled, RuntimeWarning, stacklevel=2)
+    _note_averages(model, {each.layer.module for each in collected if each.reached})
     remember(model, "recalibrate", told + left)
     return model
+
+
+def _note_averages(model: nn.Module, done: set[nn.Module]) -> None:
+    for module in model.modules():
+        if isinstance(module, AveragedModel) and {layer.module for layer in batch_norms(module)} <= done:
+            module.__dict__[RECALIBRATED] = int(module.n_averaged)
 
 
 def _chosen(model: nn.Module, layers: Layers | None) -> tuple[list[Layer], list[Change]]:
@@ -147,8 +155,22 @@ def _chosen(model: nn.Module, layers: Layers | None) -> tuple[list[Layer], list[
         else:
             kept.append(layer)
     if not kept:
-        raise InputError(f"expected a model with batch norms whose running statistics move, got {len(left)} without")
+        raise InputError(
+            f"expected a model with batch norms whose running statistics move, got {len(left)} without{_held(model)}"
+        )
     return kept, left
+
+
+def _held(model: nn.Module) -> str:
+    """What would let the statistics of frozen layers move, if there are such."""
+    found = [layer.module for layer in batch_norms(model, frozen=True)]
+    frozen, constant = sum("update" in frozen_parts(module) for module in found), sum(map(is_frozen, found))
+    told = [f"{frozen} frozen: bn.unfreeze(model) lets them move"] if frozen else []
+    if constant:
+        told.append(
+            f'{constant} constant by their class: bn.convert(model, to="torch", layers="*") makes others of them'
+        )
+    return f" ({'; '.join(told)})" if told else ""
 
 
 class _Run:

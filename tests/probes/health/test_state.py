@@ -206,3 +206,61 @@ def test_a_counter_that_was_averaged(examine, count, found):
     model = ran(net())
     model[1].num_batches_tracked = torch.tensor(count)
     assert signs(examine(model, "BN206")) == ([("1", "warning")] if found else [])
+
+
+@pytest.mark.parametrize("held", ["freeze", "class", "untracked"])
+@pytest.mark.parametrize(
+    ("code", "value"), [("BN204", float("nan")), ("BN202", -1.0), ("BN309", float("nan")), ("BN309", -1.0)]
+)
+def test_the_remedy_of_a_held_layer_says_what_lets_it_move(examine, code, value, held):
+    model, batches = ran(net()).eval(), [torch.randn(16, 4) for _ in range(3)]
+    model[1].running_var[2] = value
+    if held == "freeze":
+        bn.freeze(model, "1")
+    elif held == "class":
+        bn.convert(model, "frozen", layers="1")
+    else:
+        model[1].track_running_stats = False
+    (found,) = examine(model, code, batches=batches)
+    assert "bn.recalibrate(model, batches)" in found.remedy
+    if held == "freeze":
+        assert "bn.unfreeze(model, '1')" in found.remedy
+        bn.unfreeze(model, "1")
+    elif held == "class":
+        assert """bn.convert(model, to="torch", layers='1')""" in found.remedy
+        bn.convert(model, to="torch", layers="1")
+    else:
+        assert "set its track_running_stats to True" in found.remedy
+        model[1].track_running_stats = True
+    bn.recalibrate(model, batches)
+    assert not examine(model, code, batches=batches)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_recalibration_ends_the_finding_until_weights_are_averaged_again(examine, decay):
+    model = ran(net())
+    averaged = bn.surgery.averaged_model(model, decay=decay)
+    for _ in range(3):
+        averaged.update_parameters(ran(model, learn=True))
+    batches = [torch.randn(16, 4) for _ in range(8)]
+    (found,) = examine(averaged, "BN206")
+    assert found.severity == "warning"
+    bn.recalibrate(averaged, batches, layers="module.1")
+    assert examine(averaged, "BN206")
+    bn.recalibrate(averaged, batches)
+    assert not examine(averaged, "BN206")
+    assert not examine(copy.deepcopy(averaged), "BN206")
+    averaged.update_parameters(ran(model, learn=True))
+    assert examine(averaged, "BN206")
+
+
+def test_our_averages_of_statistics_are_called_averages(examine):
+    for decay in (None, 0.9):
+        model = ran(net())
+        averaged = bn.surgery.averaged_model(model, decay=decay, buffers="average")
+        for _ in range(3):
+            averaged.update_parameters(ran(model, learn=True))
+        found = examine(averaged, "BN206")
+        assert [(each.severity, "averages over the models" in each.message) for each in found] == (
+            [("info", True)] if decay is None else []
+        )

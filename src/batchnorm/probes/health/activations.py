@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm._errors import InputError
-from batchnorm.nn.recognition import is_batch_norm
+from batchnorm.nn.recognition import is_batch_norm, is_frozen
+from batchnorm.probes.health.layer_state import held
 from batchnorm.probes.health.measured import channels
 from batchnorm.probes.health.rule import Sign, rule
 from batchnorm.probes.wiring import Wiring, function_name
@@ -219,11 +220,14 @@ def not_finite_activations(subject: Subject) -> Iterator[Sign]:
         )
         return
     module = subject.model.get_submodule(found.layer.removeprefix(subject.prefix))
-    variance = getattr(module, "running_var", None)
-    sick = is_batch_norm(module) and isinstance(variance, Tensor) and not bool(variance.isfinite().all())
+    known = [held(module, key) for key in ("running_mean", "running_var")]
+    sick = (is_batch_norm(module) or is_frozen(module)) and not all(
+        bool(tensor.isfinite().all()) for tensor in known if tensor is not None
+    )
+    negative = (is_batch_norm(module) or is_frozen(module)) and known[1] is not None and bool((known[1] < 0).any())
     remedy = (
-        "its running statistics are not finite: bn.recalibrate(model, batches)"
-        if sick
+        f"its running statistics are {'not finite' if sick else 'no variances (BN202)'}: bn.recalibrate(model, batches)"
+        if sick or negative
         else "look at its parameters and the size of its inputs: float16 overflows at 65504, bfloat16 does not"
     )
     yield Sign(

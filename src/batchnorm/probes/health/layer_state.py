@@ -85,6 +85,17 @@ def moves(module: nn.Module) -> bool:
     )
 
 
+def to_move(module: nn.Module, name: str) -> str:
+    """What makes running statistics that are held ones that can be recalibrated; empty where they can be."""
+    if is_frozen(module):
+        return f'bn.convert(model, to="torch", layers={name!r}), as it is constant by its class'
+    if "update" in frozen_parts(module):
+        return f"bn.unfreeze(model, {name!r}), as it is frozen"
+    if has_statistics(module) and not getattr(module, "track_running_stats", True):
+        return "set its track_running_stats to True"
+    return ""
+
+
 def of_channels(found: Tensor) -> str:
     """``3 of 64 channels (0, 5, 17)``, for a mask (C,)."""
     return f"{int(found.sum())} of {found.numel()} channels ({listed(torch.nonzero(found).flatten().tolist())})"

@@ -116,8 +116,8 @@ def no_running_statistics(subject: Subject) -> Iterator[Sign]:
             yield Sign(
                 layer.name,
                 "has no running statistics: in eval mode too it normalizes with the batch that it is given",
-                "make it with track_running_stats=True and train, or bn.recalibrate(model, batches); where samples are "
-                'to be normalized one by one, bn.convert(model, to="instance") or to="group"',
+                "make it with track_running_stats=True, then train or bn.recalibrate(model, batches); where samples "
+                'are to be normalized one by one, bn.convert(model, to="instance") or to="group"',
             )
         elif not getattr(module, "track_running_stats", True):
             yield Sign(

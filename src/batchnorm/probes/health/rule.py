@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from batchnorm._errors import InputError
 from batchnorm.probes.health.finding import Finding, Severity
+from batchnorm.probes.health.layer_state import to_move
 
 if TYPE_CHECKING:
     from batchnorm.probes.health.subject import Subject
@@ -70,8 +71,12 @@ class Rule:
     def findings(self, subject: Subject) -> Iterator[Finding]:
         """What it finds about ``subject``."""
         for sign in self.check(subject):
-            severity = sign.severity or self.severity
-            yield Finding(self.code, self.name, severity, sign.layer, sign.message, sign.remedy, sign.numbers)
+            severity, remedy = sign.severity or self.severity, sign.remedy
+            if "bn.recalibrate(" in remedy and "track_running_stats" not in remedy:
+                module = next((layer.module for layer in subject.layers if sign.layer in layer.names), None)
+                before = None if module is None else to_move(module, sign.layer)
+                remedy = f"{remedy}; before that {before}" if before else remedy
+            yield Finding(self.code, self.name, severity, sign.layer, sign.message, remedy, sign.numbers)
 
 
 _RULES: dict[str, Rule] = {}

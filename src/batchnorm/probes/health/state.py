@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from batchnorm.nn.recognition import Layer, frozen_parts, is_frozen
+from batchnorm.nn.recognition import RECALIBRATED, Layer, frozen_parts, is_frozen
 from batchnorm.probes.health.layer_state import (
     counted,
     held,
@@ -131,9 +131,10 @@ def foreign_statistics(subject: Subject) -> Iterator[Sign]:
     section 3.2; ignite #2590, timm #102). Found, as far as the model alone tells:
 
     - ``torch.optim.swa_utils.AveragedModel`` that has averaged: by default its buffers are copies of those of the model
-      that came last. Not where the layers have counted fewer batches than weights were averaged, since then they were
-      computed anew. With ``use_buffers=True`` and equal weights they are averages over all models (info, as the counter
-      is averaged too and tells nothing); moving averages (``avg_fn``) of buffers follow the weights closely enough.
+      that came last. Not where they were computed anew: ``bn.recalibrate`` has been over it since, or the layers have
+      counted fewer batches than weights were averaged. With ``use_buffers=True`` and equal weights they are averages
+      over all models (info, as the counter is averaged too and tells nothing); moving averages (``avg_fn``) of buffers
+      follow the weights closely enough.
     - two parts of the same structure (a model and its moving average) whose statistics agree bit for bit in every
       layer, two or more, while gamma or beta differ: one has the other's.
     - ``num_batches_tracked`` that is no whole number: the buffers were averaged with the weights.
@@ -141,7 +142,8 @@ def foreign_statistics(subject: Subject) -> Iterator[Sign]:
     Remedy: ``bn.recalibrate(averaged, batches)``. A state of averaged weights without any buffers is BN201.
 
     False alarms: an AveragedModel whose statistics were computed over at least as many batches as weights were
-    averaged: nothing in it says so. Two copies of one model that were trained on with frozen statistics.
+    averaged, by ``update_bn`` or before it was saved: nothing in it says so. Two copies of one model that were trained
+    on with frozen statistics.
     """
     remedy = "bn.recalibrate(model, batches)"
     for name, module in subject.root.named_modules():
@@ -151,18 +153,21 @@ def foreign_statistics(subject: Subject) -> Iterator[Sign]:
             below = name + "." if name else ""
             inside = [layer for layer in subject.trained if layer.name.startswith(below)]
             foreign = [layer for layer in inside if statistics(layer.module) is not None and not initial(layer.module)]
-            moving = module.use_buffers and not (module.avg_fn is None and module.multi_avg_fn is None)
+            # Of batchnorm.surgery.averaged_model, which averages statistics and copies counters.
+            mixed = module.use_buffers or getattr(module, "buffer_policy", "copy") == "average"
+            moving = mixed and not (module.avg_fn is None and module.multi_avg_fn is None)
             anew = not module.use_buffers and any(counted(layer.module) < averaged for layer in foreign)
+            anew = anew or module.__dict__.get(RECALIBRATED) == averaged
             if not averaged or moving or not foreign or anew:
                 continue
-            whose = "averages over the models" if module.use_buffers else "those of the model that came last"
+            whose = "averages over the models" if mixed else "those of the model that came last"
             yield Sign(
                 name,
                 f"averaged weights ({averaged} models), but the running statistics of {len(foreign)} batch norms are "
                 f"{whose}, unless they were computed anew since",
                 remedy,
                 {"averaged": averaged, "layers": len(foreign)},
-                severity="info" if module.use_buffers else "warning",
+                severity="info" if mixed else "warning",
             )
     for first, second, number in _copies([layer for layer in subject.trained if not frozen_parts(layer.module)]):
         yield Sign(
