@@ -469,3 +469,28 @@ def test_refusals_and_failures_leave_the_model_as_it_was():
     with pytest.raises(RuntimeError):
         bn.adapt(model, [torch.randn(6, 3), torch.randn(6, 9)], method="tent", on_sorted="ignore")
     assert same(state(model), before)
+
+
+@pytest.mark.parametrize("method", ["adabn", "tent"])
+@pytest.mark.parametrize("to", ["sync", "frozen", "group"])
+def test_a_model_that_was_converted_since_is_not_adapted_in_silence(method, to):
+    model = randomize_statistics(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), 1).eval()
+    before = copy.deepcopy(model.state_dict())
+    adapted, x = bn.adapt(model, method=method), torch.randn(16, 4)
+    adapted(x)
+    bn.convert(model, to)
+    with pytest.raises(bn.SurgeryError, match=r"expected the batch norms that were adapted, .*: convert it before"):
+        adapted(x)
+    if to == "group":
+        with pytest.raises(bn.SurgeryError, match=r"expected the statistics.*: bn.revert\(model\)"):
+            adapted.reset()
+    bn.revert(model)
+    adapted.reset()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_nothing_is_reset_in_layers_of_another_kind():
+    adapted = bn.adapt(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).eval())
+    bn.convert(adapted, "group")
+    with pytest.raises(bn.SurgeryError, match="expected the statistics"):
+        adapted.reset()

@@ -153,6 +153,18 @@ def test_what_did_not_change_is_not_rounded_to_the_model_s_type(state):
     assert all(torch.equal(new[key], state[key]) for key in state if key != "1.running_var")
 
 
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_a_compiled_model_takes_the_weights_of_the_model_inside(state, prefix):
+    inner = net()
+    model = torch.compile(inner, backend="eager")
+    given = Checkpoint(Path("net.pt"), {prefix + key: value for key, value in state.items()}, ())
+    assert load_into(model, given) == prefix
+    assert torch.equal(inner[1].running_mean, state["1.running_mean"])
+    with torch.no_grad():
+        inner[1].running_mean += 1
+    assert torch.equal(updated(given, model, prefix).state[prefix + "1.running_mean"], state["1.running_mean"] + 1)
+
+
 def test_nothing_half_written(state, tmp_path):
     checkpoint = Checkpoint(tmp_path / "x", {"state_dict": state, "step": 1}, ("state_dict",))
     with pytest.raises(bn.CheckpointError, match="holds more than a state"):

@@ -61,7 +61,7 @@ class Adapted(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the adapted model returns; where it adapts to what it is called with, it does that too."""
-        inner = unwrapped(self.model)[0]
+        inner = self._inner()
         with _for_gradients(isinstance(self._way, Entropy)):
             args, kwargs = pytree.tree_map_only(Tensor, _outside_inference, (args, kwargs))
             if self._forward_fn is not None:
@@ -79,11 +79,28 @@ class Adapted(nn.Module):
     def reset(self) -> None:
         """Forget: statistics, gamma and beta are, to the bit, what they were when :func:`adapt` was called.
 
-        The optimizer starts anew, and so does the search for sorted batches.
+        The optimizer starts anew, and so does the search for sorted batches. Raises SurgeryError where the model has
+        them no more, since :func:`batchnorm.convert` made something else of its batch norms.
         """
+        now, there = self._state(), {*self.model.parameters(), *self.model.buffers()}
+        if [t.shape for t in now] != [t.shape for t in self._source] or not there.issuperset(now):
+            raise SurgeryError(
+                "expected the statistics, gammas and betas that were adapted, got a model with others: "
+                "bn.revert(model) what was converted since, then reset"
+            )
         self._restore()
         self.sortedness, self._warned = Sortedness(), False
         remember(self.model, "reset", [Change("", "batch norms are as they were before the adaptation")])
+
+    def _inner(self) -> nn.Module:
+        """What the model is without its wrappers; its batch norms must be those that were adapted."""
+        inner = unwrapped(self.model)[0]
+        if not set(self._layers) <= set(inner.modules()):
+            raise SurgeryError(
+                "expected the batch norms that were adapted, got a model with others in their places: convert it "
+                "before, and adapt it anew"
+            )
+        return inner
 
     def _restore(self) -> None:
         self._set(self._source)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from batchnorm._errors import CheckpointError, OutputError
+from batchnorm.nn.recognition import unwrapped
 
 _NAMES = ("state_dict", "model_state_dict", "model", "model_state", "net", "network", "weights", "params", "module")
 """Under which training scripts keep a model's state, the most usual first."""
@@ -102,11 +103,13 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, strict: bool = True) -> 
 
     A tensor that the model has under several names may be in the file under one of them, as safetensors' ``save_model``
     writes it, and the counters of batches may be missing, as in files from before torch had them and in ported ones.
+    torch.compile and parallel wrappers around the model, too, make no difference.
 
     Raises:
         CheckpointError: (ValueError) keys are missing or left over, unless ``strict`` is False, or shapes differ; the
             model is as it was.
     """
+    model = unwrapped(model)[0]
     state, prefix = _without_prefix(model, checkpoint.state)
     own = model.state_dict(keep_vars=True)
     given = {id(own[key]) for key in state if key in own}
@@ -143,7 +146,7 @@ def updated(checkpoint: Checkpoint, model: nn.Module, prefix: str) -> Checkpoint
     state = document
     for key in checkpoint.place:
         state = state[key]
-    for key, value in model.state_dict().items():
+    for key, value in unwrapped(model)[0].state_dict().items():
         old = state.get(prefix + key)
         if not isinstance(old, Tensor) or not isinstance(value, Tensor):
             continue

@@ -47,7 +47,7 @@ def mixed_modes(subject: Subject) -> Iterator[Sign]:
             name,
             "in eval mode inside a model in train mode: the next model.train() unfreezes it"
             + (", with the module around it" if whole else ""),
-            f"bn.freeze(model, {name!r}) freezes it for good; if that was not meant, model.train()",
+            f"bn.freeze(model, {name!r}) freezes it for good; to train it, model.train(); to predict, model.eval()",
             severity="info" if whole else "warning",
         )
 
