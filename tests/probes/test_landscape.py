@@ -347,9 +347,11 @@ def test_our_layers_and_torchs_show_the_same():
 def test_refusals():
     model, (x, y) = linear()
     look = {"learning_rate": 0.1}
-    with pytest.raises(InputError, match="expected learning_rate to be positive and finite, got 0"):
+    with pytest.raises(InputError, match="expected learning_rate to be a positive, finite number, got 0"):
         landscape(model, (x, y), MSE, learning_rate=0)
-    with pytest.raises(InputError, match="expected factors to be positive and finite, got -1"):
+    with pytest.raises(InputError, match="expected learning_rate to be a positive, finite number, got '0.1'"):
+        landscape(model, (x, y), MSE, learning_rate="0.1")
+    with pytest.raises(InputError, match="expected factors to be a positive, finite number, got -1"):
         landscape(model, (x, y), MSE, learning_rate=0.1, factors=(1.0, -1))
     with pytest.raises(InputError, match="expected layers to be names or how many, 0 or more, got -1"):
         landscape(model, (x, y), MSE, layers=-1, **look)

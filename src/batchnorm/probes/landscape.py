@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from batchnorm._errors import InputError
@@ -204,8 +205,8 @@ def _chosen(groups: Sequence[Group], layers: int | Sequence[str]) -> list[int]:
 
 def _steps(learning_rate: float, factors: Sequence[float]) -> tuple[float, ...]:
     for name, value in (("learning_rate", learning_rate), *(("factors", factor) for factor in factors)):
-        if not 0.0 < value < math.inf:
-            raise InputError(f"expected {name} to be positive and finite, got {value}")
+        if not isinstance(value, Real) or not 0.0 < value < math.inf:
+            raise InputError(f"expected {name} to be a positive, finite number, got {value!r}")
     return tuple(learning_rate * factor for factor in factors)
 
 

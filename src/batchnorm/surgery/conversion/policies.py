@@ -80,7 +80,7 @@ def make(to: str | type[nn.Module], source: Source, options: dict[str, Any]) -> 
         InputError: (ValueError) an option that the class does not take, or not this value of it.
         SurgeryError: the layer cannot become this.
     """
-    kind = target(to, source)
+    kind, asked = target(to, source), options
     if to == "layer":
         options = {"num_groups": 1, **options}
     _check_options(kind, options)
@@ -98,7 +98,7 @@ def make(to: str | type[nn.Module], source: Source, options: dict[str, Any]) -> 
             raise
         raise SurgeryError(f"{where(source.name)} cannot become a {kind.__name__}: {error}") from error
     except TypeError as error:
-        raise InputError(f"expected the options of {kind.__name__}, got {_named(options)}: {error}") from error
+        raise InputError(f"expected the options of {kind.__name__}, got {_named(asked)}: {error}") from error
     if not absorbed and tail is not None:
         made.__class__ = activated(type(made))
         made.drop, made.act = tail
