@@ -1,8 +1,8 @@
 """What the doctor says about well-known architectures, fresh and trained: its false alarms are to be seen here.
 
 Each model of the zoo (timm's code, no weights) is examined as it is made, in train and in eval mode, with an example;
-and after it has been trained on scikit-learn's digits (enlarged, three channels alike) for a few epochs, in eval mode,
-with 20 of its training batches and its optimizer, which spares gamma and beta its weight decay as is usual. A row tells
+and after it has been trained on scikit-learn's digits (enlarged, three channels alike) for two epochs, in eval mode,
+with 10 of its training batches and its optimizer, which spares gamma and beta its weight decay as is usual. A row tells
 the codes and how many layers each was found at. Nothing is timed against anything: seconds are of one diagnosis.
 """
 
@@ -23,7 +23,7 @@ from benchmarks import harness
 from benchmarks.harness import save, show
 
 BATCH = 32
-STEPS = 120
+STEPS = 94
 QUICK_STEPS = 30
 SMALLEST = 32
 LEAST_FOR = {"levit_128s": 224, "efficientformer_l1": 224, "visformer_tiny": 224, "inception_v3": 96}
@@ -47,8 +47,9 @@ def main() -> None:
         if size >= 224:
             continue
         optimizer, accuracy = _train(model, images, labels, size)
-        batches = [_sized(images[k * BATCH : (k + 1) * BATCH], size) for k in range(20)]
+        batches = [_sized(images[k * BATCH : (k + 1) * BATCH], size) for k in range(10)]
         rows.append(_row(architecture.name, "trained, eval", model.eval(), accuracy, batches, optimizer=optimizer))
+        print(*rows[-1].values())  # the table comes after minutes
     show("What the doctor finds, and at how many layers", rows)
     save("doctor", rows, steps=STEPS, batch=BATCH)
 
@@ -87,7 +88,7 @@ def _sized(images: Tensor, size: int) -> Tensor:
 
 
 def _train(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple[torch.optim.Optimizer, float]:
-    """SGD with momentum on the first 1500 images; the optimizer, and the accuracy in eval mode on the others."""
+    """SGD with momentum, its rate falling to 0, on the first 1500 images; the optimizer, and the accuracy on the others."""
     thick = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     thin = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": thick, "weight_decay": 1e-4}, {"params": thin, "weight_decay": 0.0}]
@@ -95,13 +96,17 @@ def _train(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     model.train()
-    for _ in range(QUICK_STEPS if harness.options.quick else STEPS):
+    steps = QUICK_STEPS if harness.options.quick else STEPS
+    # To 0 in the end, as models are trained: at a constant rate the running statistics lag behind weights that move.
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(steps):
         chosen = torch.randint(1500, (BATCH,), generator=generator)
         optimizer.zero_grad()
         logits = model(_sized(images[chosen], size))
         logits = logits[0] if isinstance(logits, tuple) else logits
         nn.functional.cross_entropy(logits, labels[chosen]).backward()
         optimizer.step()
+        decay.step()
     model.eval()
     with torch.no_grad():
         parts = [model(_sized(part, size)).argmax(1) for part in images[1500:].split(BATCH)]
