@@ -88,7 +88,7 @@ def _sized(images: Tensor, size: int) -> Tensor:
 
 
 def _train(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> tuple[torch.optim.Optimizer, float]:
-    """SGD with momentum, its rate falling to 0, on the first 1500 images; the optimizer, and the accuracy on the others."""
+    """SGD with momentum on 1500 images, its rate falling to 0; the optimizer, and the accuracy on the other images."""
     thick = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     thin = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups = [{"params": thick, "weight_decay": 1e-4}, {"params": thin, "weight_decay": 0.0}]
