@@ -349,7 +349,7 @@ def test_refusals():
     look = {"learning_rate": 0.1}
     with pytest.raises(InputError, match="expected learning_rate to be a positive, finite number, got 0"):
         landscape(model, (x, y), MSE, learning_rate=0)
-    with pytest.raises(InputError, match="expected learning_rate to be a positive, finite number, got '0.1'"):
+    with pytest.raises(InputError, match=r"expected learning_rate to be a positive, finite number, got '0\.1'"):
         landscape(model, (x, y), MSE, learning_rate="0.1")
     with pytest.raises(InputError, match="expected factors to be a positive, finite number, got -1"):
         landscape(model, (x, y), MSE, learning_rate=0.1, factors=(1.0, -1))
