@@ -29,8 +29,25 @@ SMALLEST = 32
 LEAST_FOR = {"levit_128s": 224, "efficientformer_l1": 224, "visformer_tiny": 224, "inception_v3": 96}
 """Images that a model cannot do without."""
 TRAINED = frozenset(
-    "resnet18 seresnet18 skresnet18 resnet26d mobilenetv2_050 mobilenetv3_small_050 mnasnet_small tinynet_e lcnet_050 "
-    "densenet121 regnetx_002 dla46_c ghostnet_050 repvgg_a0 ese_vovnet19b_dw gernet_s cs3darknet_s".split()
+    [
+        "resnet18",
+        "seresnet18",
+        "skresnet18",
+        "resnet26d",
+        "mobilenetv2_050",
+        "mobilenetv3_small_050",
+        "mnasnet_small",
+        "tinynet_e",
+        "lcnet_050",
+        "densenet121",
+        "regnetx_002",
+        "dla46_c",
+        "ghostnet_050",
+        "repvgg_a0",
+        "ese_vovnet19b_dw",
+        "gernet_s",
+        "cs3darknet_s",
+    ]
 )
 """Those that train in seconds on two cores; the others are examined fresh only."""
 
