@@ -48,3 +48,9 @@ def test_the_explanation_on_the_command_line_is_whole(rule):
     assert len(rule.summary) <= 120
     assert rule.summary.endswith(".")
     assert "False alarms:" in rule.explanation
+
+
+def test_the_list_of_rules_is_that_of_the_program():
+    text = (PAGES.parent / "doctor.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[(BN\d+)\]\(rules/\1\.md\) \| (\S+) \| (\w+) \| (\w+) \| (.*) \|$", text, re.MULTILINE)
+    assert listed == [(rule.code, rule.name, rule.severity, rule.needs, rule.summary) for rule in rules()]

@@ -19,7 +19,7 @@ MOST_SHIFT = 0.05
 
 @rule("BN104", "momentum-out-of-range", "warning")
 def momentum_out_of_range(subject: Subject) -> Iterator[Sign]:
-    """A momentum that is none, or that is Keras's.
+    """A momentum outside of 0 to 1, or one that looks like Keras's.
 
     Outside [0, 1], or NaN (error): the running statistics are no average, and diverge below 0 and above 2. From 0.9 to
     1 (warning): torch's momentum is the weight of the *new* value, Keras's, Flax's and ONNX's that of the old one, and
