@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import secrets
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +113,8 @@ def _write(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], ou
         if out.suffix == ".pt2":
             torch.export.save(program, partial)
         else:
-            torch.onnx.export(program, f=partial, dynamo=True, external_data=False, verbose=False)
+            with _without_torch_s_own_words():
+                torch.onnx.export(program, f=partial, dynamo=True, external_data=False, verbose=False)
         os.replace(partial, out)
     except OSError as error:
         raise OutputError(f"cannot write {str(out)!r}: {error.strerror or error}") from error
@@ -118,6 +123,20 @@ def _write(model: nn.Module, example: tuple[tuple[Any, ...], dict[str, Any]], ou
         raise InputError(f"torch cannot export this model: {type(error).__name__}: {message}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _without_torch_s_own_words() -> Iterator[None]:
+    """The exporter says what it does not need (torchvision) and warns of its own deprecations."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _free_batch(value: Any) -> Any:
