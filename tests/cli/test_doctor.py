@@ -14,6 +14,9 @@ from cli.commandline import Outcome, shell
 
 Call = Callable[..., Outcome]
 
+pytestmark = pytest.mark.usefixtures("project")
+
+NAME = "nets"
 NET = '''
 import torch
 from torch import nn
@@ -61,18 +64,6 @@ def text():
 
 thing = build()
 '''
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model in it, which is the current one."""
-    (tmp_path / "nets.py").write_text(NET)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    import sys
-
-    monkeypatch.delitem(sys.modules, "nets", raising=False)
-    return tmp_path
 
 
 def test_a_sick_model_fails_with_three(call: Call) -> None:

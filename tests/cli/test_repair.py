@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from cli.commandline import Outcome
 
 Call = Callable[..., Outcome]
 
+NAME = "repaired"
 NET = """
 import torch
 from torch import nn
@@ -43,15 +43,10 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model, its weights, and data."""
-    (tmp_path / "repaired.py").write_text(NET)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "repaired", raising=False)
-    torch.save({"model": net().state_dict(), "step": 12}, "net.pt")
-    np.save("x.npy", np.random.default_rng(0).normal(2, 3, (50, 3, 6, 6)).astype("float32"))
-    return tmp_path
+def files(project: Path) -> None:
+    """Beside the model, its weights and data."""
+    torch.save({"model": net().state_dict(), "step": 12}, project / "net.pt")
+    np.save(project / "x.npy", np.random.default_rng(0).normal(2, 3, (50, 3, 6, 6)).astype("float32"))
 
 
 def net() -> Any:
