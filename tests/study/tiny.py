@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from batchnorm.study.config import Deep, Distribution, Headline, Identity, Preprocessing, StudyConfig
+from batchnorm.study.config import StudyConfig
+from batchnorm.study.settings.deep import Deep
+from batchnorm.study.settings.distribution import Distribution
+from batchnorm.study.settings.headline import Headline
+from batchnorm.study.settings.identity import Identity
+from batchnorm.study.settings.preprocessing import Preprocessing
 
 TINY = StudyConfig(
     seeds=1,

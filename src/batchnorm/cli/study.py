@@ -54,6 +54,7 @@ Examples:
 The folder then holds config.toml, records.jsonl, summary.json and report.html.""",
 )
 @click.option("--quick", is_flag=True, help="Fewer seeds, rates and steps: half a minute.")
+@click.option("--full", is_flag=True, help="More seeds, rates and steps: several minutes.")
 @click.option(
     "--config",
     "config_file",
@@ -68,7 +69,7 @@ The folder then holds config.toml, records.jsonl, summary.json and report.html."
     metavar="A,B,...",
     callback=_names,
     shell_complete=_complete_names,
-    help="Only these sections: headline, deep, distribution, preprocessing, identity.",
+    help="Only these sections of the study (completion lists them).",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder.  [default: runs/<now>]")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted study in --out; finished runs are kept.")
@@ -76,6 +77,7 @@ The folder then holds config.toml, records.jsonl, summary.json and report.html."
 @click.option("--json", "as_json", is_flag=True, help="The summary as one JSON document on stdout, progress on stderr.")
 def study(
     quick: bool,
+    full: bool,
     config_file: Path | None,
     seeds: int | None,
     seed: int | None,
@@ -86,22 +88,25 @@ def study(
     as_json: bool,
 ) -> int:
     """Measure on this machine what normalization does to a network, and write a page about it."""
-    if quick and config_file is not None:
-        raise click.UsageError("--quick and --config exclude each other")
+    if quick + full + (config_file is not None) > 1:
+        raise click.UsageError("--quick, --full and --config exclude each other")
+    preset = "quick" if quick else "full" if full else "default"
     if resume and out is None:
         raise click.UsageError("--resume needs --out DIR, the folder of the study to go on with")
     _require_page_makers()
     from batchnorm.report.page import saved_command
 
-    asked = quick or config_file is not None or seeds is not None or seed is not None or sections is not None
+    asked = (
+        preset != "default" or config_file is not None or seeds is not None or seed is not None or sections is not None
+    )
     # A study that goes on keeps its own configuration, unless it was told one, which then has to be the same.
     config = (
-        _config(quick, config_file).with_options(seed=seed, seeds=seeds, sections=sections)
+        _config(preset, config_file).with_options(seed=seed, seeds=seeds, sections=sections)
         if asked or not resume
         else None
     )
     folder = out or _fresh_folder()
-    command = _command(quick, config_file, seeds, seed, sections) if config else saved_command(folder)
+    command = _command(preset, config_file, seeds, seed, sections) if config else saved_command(folder)
     return _run(config, folder, resume, workers, as_json, command)
 
 
@@ -145,18 +150,18 @@ def _tell(summary: Summary, folder: Path, page: Path, as_json: bool) -> None:
     console.print(Text.assemble("The page: ", (str(page.resolve()), "bold")), soft_wrap=True)
 
 
-def _config(quick: bool, config_file: Path | None) -> StudyConfig:
+def _config(preset: str, config_file: Path | None) -> StudyConfig:
     from batchnorm.study.config import PRESETS, StudyConfig
 
-    return StudyConfig.load(config_file) if config_file is not None else PRESETS["quick" if quick else "default"]
+    return StudyConfig.load(config_file) if config_file is not None else PRESETS[preset]
 
 
 def _command(
-    quick: bool, config_file: Path | None, seeds: int | None, seed: int | None, sections: tuple[str, ...] | None
+    preset: str, config_file: Path | None, seeds: int | None, seed: int | None, sections: tuple[str, ...] | None
 ) -> str:
     """The command that gives the same records: where they go and how many workers do it makes no difference."""
     words = ["batchnorm", "study"]
-    words += ["--quick"] if quick else []
+    words += [f"--{preset}"] if preset != "default" else []
     words += ["--config", str(config_file)] if config_file is not None else []
     words += ["--seeds", str(seeds)] if seeds is not None else []
     words += ["--seed", str(seed)] if seed is not None else []

@@ -1,12 +1,14 @@
 """What a study does, as plain data: frozen dataclasses, read from and written to TOML.
 
 Every key has a default, so a file holds only what differs; a key that is not known is an error, because a misspelt one
-would otherwise quietly run the default. ``PRESETS`` holds the two ready-made studies, ``default`` and ``quick``.
+would otherwise quietly run the default. ``PRESETS`` holds the ready-made studies,
+``default``, ``quick`` and ``full``; what a section may be told is in ``settings``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -15,89 +17,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batchnorm._errors import ConfigError
+from batchnorm.study.settings.deep import Deep
+from batchnorm.study.settings.distribution import Distribution
+from batchnorm.study.settings.headline import Headline
+from batchnorm.study.settings.identity import Identity
+from batchnorm.study.settings.preprocessing import Preprocessing
 
+# The page's order.
 SECTION_NAMES = ("headline", "deep", "distribution", "preprocessing", "identity")
-
-
-@dataclass(frozen=True)
-class Headline:
-    """Steps to 90% with and without BN. ``lrs`` is the grid over which the baseline is tuned, on validation."""
-
-    seeds: int = 5
-    lrs: tuple[float, ...] = (0.3, 1.0, 2.0, 3.0, 4.0, 5.0)
-    tune_steps: int = 1500
-    steps: int = 2000
-    batch_steps: int = 1000
-    conservative_lr: float = 0.3
-    conservative_steps: int = 2500
-    wide_init: float = 4.0
-    wide_steps: int = 500
-    wide_lrs: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
-    relu_lrs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6)
-    counter_steps: int = 400
-    hot_factor: float = 30.0
-    hot_steps: int = 200
-
-
-@dataclass(frozen=True)
-class Deep:
-    """The net that does not train without BN: ``layers`` x 100 sigmoid, at each of ``lrs``."""
-
-    layers: int = 6
-    lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
-    lr: float = 1.0
-    steps: int = 2000
-    batch_steps: int = 500
-    wide_init: float = 4.0
-    wide_layers: int = 8
-    wide_lr: float = 0.3
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """The input of the last hidden layer while the net learns, looked at every ``every`` steps.
-
-    ``slow`` says whether the pair is run at ``slow_lr`` as well.
-    """
-
-    lr: float = 2.0
-    slow: bool = True
-    slow_lr: float = 0.3
-    steps: int = 800
-    every: int = 20
-    noise_shift: float = 1.0
-    noise_scale: float = 0.75
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Raw, centred, standardized, rotated and whitened inputs."""
-
-    table_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    table_steps: int = 150
-    linear_lrs: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
-    linear_steps: int = 150
-    deep_lr: float = 1.0
-    deep_steps: int = 1000
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What gamma and beta are for: an exact inverse, and a spiral that needs them."""
-
-    lr: float = 2.0
-    steps: int = 1200
-    turns: float = 1.5
-    width: int = 16
-    points: int = 1000
-    grid: int = 41
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """A whole study.
 
-    Seeds are ``seed, seed + 1, ...``: ``seeds`` of them in each section, ``headline.seeds`` in the headline.
+    Seeds are ``seed, seed + 1, ...``: ``seeds`` of them in each section that has no number of its own.
 
     Raises:
         ConfigError: an unknown section, or a count or rate that is not positive.
@@ -130,7 +64,7 @@ class StudyConfig:
     def with_options(
         self, *, seed: int | None = None, seeds: int | None = None, sections: tuple[str, ...] | None = None
     ) -> StudyConfig:
-        """The same study with another base seed, number of seeds (the headline's too) or choice of sections.
+        """The same study with another base seed, number of seeds (everywhere) or choice of sections.
 
         Raises:
             ConfigError: an unknown section, or a number out of range.
@@ -139,16 +73,14 @@ class StudyConfig:
         if seed is not None:
             config = dataclasses.replace(config, seed=seed)
         if seeds is not None:
-            config = dataclasses.replace(
-                config, seeds=seeds, headline=dataclasses.replace(config.headline, seeds=seeds)
-            )
+            config = dataclasses.replace(config, seeds=seeds, **_with_seeds(config, seeds))
         if sections is not None:
             config = dataclasses.replace(config, sections=tuple(sections))
         return config
 
     def seed_list(self, section: str = "") -> tuple[int, ...]:
         """The seeds that ``section`` uses."""
-        count = self.headline.seeds if section == "headline" else self.seeds
+        count = getattr(getattr(self, section, None), "seeds", self.seeds)
         return tuple(range(self.seed, self.seed + count))
 
     def to_mapping(self) -> dict[str, Any]:
@@ -198,6 +130,12 @@ def differences(saved: StudyConfig, asked: StudyConfig) -> list[str]:
     """What differs between two configurations, one line each: ``headline.steps: 2000 saved, 100 asked``."""
     before, after = _flat(saved.to_mapping()), _flat(asked.to_mapping())
     return [f"{key}: {before[key]} saved, {after[key]} asked" for key in before if before[key] != after[key]]
+
+
+def _with_seeds(config: StudyConfig, seeds: int) -> dict[str, Any]:
+    """The sections that count seeds of their own, with ``seeds`` of them."""
+    tables = {name: getattr(config, name) for name in SECTION_NAMES}
+    return {name: dataclasses.replace(table, seeds=seeds) for name, table in tables.items() if hasattr(table, "seeds")}
 
 
 Table = TypeVar("Table")
@@ -273,28 +211,16 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
+def _preset(name: str, **options: Any) -> StudyConfig:
+    """Every section in the form that its module of ``settings`` has for this preset."""
+    tables = {item.name for item in dataclasses.fields(StudyConfig) if item.name in SECTION_NAMES}
+    modules = {name: importlib.import_module(f"batchnorm.study.settings.{name}") for name in tables}
+    forms = {section: getattr(module, name.upper()) for section, module in modules.items()}
+    return StudyConfig(preset=name, **options, **forms)
+
+
 PRESETS: dict[str, StudyConfig] = {
     "default": StudyConfig(),
-    "quick": StudyConfig(
-        preset="quick",
-        seeds=3,
-        headline=Headline(
-            seeds=3,
-            lrs=(1.0, 2.0, 4.0),
-            steps=1100,
-            batch_steps=300,
-            tune_steps=900,
-            conservative_steps=1600,
-            wide_steps=200,
-            wide_lrs=(0.5, 1.0),
-            relu_lrs=(0.2, 0.4),
-            hot_steps=100,
-        ),
-        deep=Deep(lrs=(1.0, 3.0), steps=500, batch_steps=150, wide_layers=6),
-        distribution=Distribution(steps=700, slow=False),
-        preprocessing=Preprocessing(
-            table_lrs=(0.1, 1.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=500
-        ),
-        identity=Identity(steps=500, turns=1.25),
-    ),
+    "quick": _preset("quick"),
+    "full": _preset("full", seeds=5),
 }

@@ -1,0 +1,25 @@
+"""Section ``distribution``: how long the input of the last hidden layer is looked at, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The input of the last hidden layer while the net learns, looked at every ``every`` steps.
+
+    ``slow`` says whether the pair is run at ``slow_lr`` as well.
+    """
+
+    lr: float = 2.0
+    slow: bool = True
+    slow_lr: float = 0.3
+    steps: int = 800
+    every: int = 20
+    noise_shift: float = 1.0
+    noise_scale: float = 0.75
+
+
+QUICK = Distribution(steps=700, slow=False)
+FULL = Distribution()
