@@ -34,14 +34,14 @@ WITHOUT_TORCH = """
                 raise ImportError("blocked: " + name)
     sys.meta_path.insert(0, Wall())
     from batchnorm import study
-    assert len(study.summarise(sys.argv[1]).sections) == 5
+    assert len(study.summarise(sys.argv[1]).sections) == {count}
     assert study.load_summary(sys.argv[1]).complete
     print(study.summarise(sys.argv[1]).to_json(), end="")
 """
 
 
 def test_the_document_is_made_without_torch(folder):
-    script = textwrap.dedent(WITHOUT_TORCH.format(source=str(SOURCE)))
+    script = textwrap.dedent(WITHOUT_TORCH.format(source=str(SOURCE), count=len(TINY.sections)))
     ended = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
     assert ended.stderr == ""
     assert ended.stdout == summarise(folder).to_json()
@@ -55,7 +55,7 @@ def test_it_survives_json(folder):
 
 def test_every_section_says_everything(folder):
     document = summarise(folder)
-    assert [section.title for section in document.sections] == list(sections.SECTIONS.values())
+    assert [section.title for section in document.sections] == [sections.SECTIONS[name] for name in TINY.sections]
     identifiers = [figure.id for section in document.sections for figure in section.figures]
     assert len(set(identifiers)) == len(identifiers)
     for section in document.sections:

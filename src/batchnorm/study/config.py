@@ -23,15 +23,26 @@ from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.preprocessing import Preprocessing
 
+# Sections on data that do not ship with scikit-learn, which run only where they are asked for by name.
+OPT_IN: tuple[str, ...] = ()
 # The page's order.
-SECTION_NAMES = ("headline", "deep", "distribution", "preprocessing", "identity")
+SECTION_NAMES = (
+    "headline",
+    "deep",
+    "distribution",
+    "preprocessing",
+    "identity",
+    *OPT_IN,
+)
+DEFAULT_SECTIONS = tuple(name for name in SECTION_NAMES if name not in OPT_IN)
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """A whole study.
 
-    Seeds are ``seed, seed + 1, ...``: ``seeds`` of them in each section that has no number of its own.
+    Seeds are ``seed, seed + 1, ...``: ``seeds`` of them in each section that has no number of its own. ``data_dir`` is
+    the folder with the files of the sections in ``OPT_IN``.
 
     Raises:
         ConfigError: an unknown section, or a count or rate that is not positive.
@@ -41,7 +52,8 @@ class StudyConfig:
     seed: int = 0
     seeds: int = 3
     batch: int = 60
-    sections: tuple[str, ...] = SECTION_NAMES
+    sections: tuple[str, ...] = DEFAULT_SECTIONS
+    data_dir: str = ""
     headline: Headline = field(default_factory=Headline)
     deep: Deep = field(default_factory=Deep)
     distribution: Distribution = field(default_factory=Distribution)

@@ -56,12 +56,14 @@ def mlp(
     norm: Norm = "none",
     activation: Activation = "sigmoid",
     gain: float = 1.0,
+    std: float | None = None,
     noise: tuple[float, float] = (0.0, 0.0),
 ) -> nn.Sequential:
     """A multilayer perceptron ``(N, inputs) -> (N, outputs)``: ``layers`` times linear, normalization, activation.
 
     Ioffe & Szegedy 2015, section 4.1: three hidden layers of 100 sigmoid units. Normalization stands before the
-    activation. Weights are Xavier normal times ``gain`` with sigmoid and He normal times ``gain`` with ReLU, biases 0.
+    activation. Weights are Xavier normal times ``gain`` with sigmoid and He normal times ``gain`` with ReLU, or all from
+    N(0, std^2) where ``std`` is given; biases 0.
 
     Args:
         norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`.
@@ -71,14 +73,14 @@ def mlp(
     shaking = torch.Generator().manual_seed(seed + 1_000_003)
     parts: list[nn.Module] = []
     for _ in range(layers):
-        parts.append(_linear(inputs, width, activation, gain, generator))
+        parts.append(_linear(inputs, width, activation, gain, generator, std))
         if norm == "noisy":
             parts.append(NoisyBatchNorm1d(width, *noise, shaking))
         elif norm != "none":
             parts.append(BatchNorm1d(width, affine=norm == "batch"))
         parts.append(_ACTIVATIONS[activation]())
         inputs = width
-    return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator))
+    return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator, std))
 
 
 def convnet(channels: int, outputs: int, *, seed: int, width: int = 16, norm: Norm = "none") -> nn.Sequential:
@@ -117,11 +119,20 @@ def shake(model: nn.Module, always: bool) -> None:
             part.always = always
 
 
-def _linear(inputs: int, outputs: int, activation: Activation, gain: float, generator: torch.Generator) -> nn.Linear:
+def _linear(
+    inputs: int,
+    outputs: int,
+    activation: Activation,
+    gain: float,
+    generator: torch.Generator,
+    std: float | None = None,
+) -> nn.Linear:
     # skip_init: torch's own initialization would draw from the process's random state for nothing.
     layer = torch.nn.utils.skip_init(nn.Linear, inputs, outputs)
     assert isinstance(layer, nn.Linear)
-    if activation == "relu":
+    if std is not None:
+        nn.init.normal_(layer.weight, std=std, generator=generator)
+    elif activation == "relu":
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=generator)
     else:
         nn.init.xavier_normal_(layer.weight, generator=generator)
