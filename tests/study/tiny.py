@@ -7,6 +7,7 @@ from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
+from batchnorm.study.settings.initialisation import Initialisation
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 TINY = StudyConfig(
@@ -28,4 +29,5 @@ TINY = StudyConfig(
     distribution=Distribution(steps=160, every=40),
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
+    initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
 )

@@ -21,6 +21,7 @@ from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
+from batchnorm.study.settings.initialisation import Initialisation
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 # Sections on data that do not ship with scikit-learn, which run only where they are asked for by name.
@@ -29,6 +30,7 @@ OPT_IN: tuple[str, ...] = ()
 SECTION_NAMES = (
     "headline",
     "deep",
+    "initialisation",
     "distribution",
     "preprocessing",
     "identity",
@@ -56,6 +58,7 @@ class StudyConfig:
     data_dir: str = ""
     headline: Headline = field(default_factory=Headline)
     deep: Deep = field(default_factory=Deep)
+    initialisation: Initialisation = field(default_factory=Initialisation)
     distribution: Distribution = field(default_factory=Distribution)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)

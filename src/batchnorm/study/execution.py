@@ -41,9 +41,10 @@ def train_mlp(
 ) -> tuple[list[Record], torch.nn.Sequential]:
     """Train the net that ``run.params`` describe and record its accuracy on one part of the split.
 
-    Of the params, ``lr`` is required; ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std`` and ``noise`` go to
-    :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); ``until`` ends the run when two evaluations
-    in a row are at that accuracy; ``fine_until`` is where evaluations get sparse, to one in ``coarse`` steps.
+    Of the params, ``lr`` is required; ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std`` and ``noise``
+    go to :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); ``until`` ends the run when two
+    evaluations in a row are at that accuracy; ``fine_until`` is where evaluations get sparse, to one in ``coarse``
+    steps.
     ``look(step, model)`` is called after each evaluation.
     """
     wanted = run.params

@@ -62,8 +62,8 @@ def mlp(
     """A multilayer perceptron ``(N, inputs) -> (N, outputs)``: ``layers`` times linear, normalization, activation.
 
     Ioffe & Szegedy 2015, section 4.1: three hidden layers of 100 sigmoid units. Normalization stands before the
-    activation. Weights are Xavier normal times ``gain`` with sigmoid and He normal times ``gain`` with ReLU, or all from
-    N(0, std^2) where ``std`` is given; biases 0.
+    activation. Weights are Xavier normal times ``gain`` with sigmoid and He normal times ``gain`` with ReLU, or all
+    from N(0, std^2) where ``std`` is given; biases 0.
 
     Args:
         norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`.
