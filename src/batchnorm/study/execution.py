@@ -41,11 +41,8 @@ def train_mlp(
 ) -> tuple[list[Record], torch.nn.Sequential]:
     """Train the net that ``run.params`` describe and record its accuracy on one part of the split.
 
-    Of the params, ``lr`` is required; ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std`` and ``noise``
-    go to :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); ``until`` ends the run when two
-    evaluations in a row are at that accuracy; ``fine_until`` is where evaluations get sparse, to one in ``coarse``
-    steps.
-    ``look(step, model)`` is called after each evaluation.
+    Of the params, ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std`` and ``noise`` go to
+    :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); the others as in :func:`train_net`.
     """
     wanted = run.params
     names = ("norm", "layers", "width", "activation", "gain", "std", "noise")
@@ -53,6 +50,24 @@ def train_mlp(
         split.features, split.classes, seed=run.seed, **{name: wanted[name] for name in names if name in wanted}
     )
     judged = tensors(getattr(split, wanted.get("judge", "test")))
+    return train_net(run, model, tensors(split.train), judged, report, look), model
+
+
+def train_net(
+    run: Run,
+    model: torch.nn.Sequential,
+    data: training.Data,
+    judged: training.Data,
+    report: Report,
+    look: Callable[[int, torch.nn.Sequential], None] | None = None,
+) -> list[Record]:
+    """Train ``model`` on ``data`` as ``run.params`` say and record its accuracy on ``judged``.
+
+    Of the params, ``lr`` and ``batch`` are required; ``until`` ends the run when two evaluations in a row are at that
+    accuracy; evaluated is every ``fine`` steps up to ``fine_until``, every ``coarse`` steps after it.
+    ``look(step, model)`` is called after each evaluation.
+    """
+    wanted = run.params
     until = wanted.get("until", 2.0)
     lines: list[Record] = []
     above = 0
@@ -73,12 +88,14 @@ def train_mlp(
         begun = time.perf_counter()
         ended = training.train(
             model,
-            tensors(split.train),
+            data,
             lr=wanted["lr"],
             steps=run.steps,
             batch=wanted["batch"],
             seed=run.seed,
-            at=training.evaluation_steps(run.steps, wanted.get("fine_until", 200), coarse=wanted.get("coarse", 10)),
+            at=training.evaluation_steps(
+                run.steps, wanted.get("fine_until", 200), wanted.get("fine", 2), wanted.get("coarse", 10)
+            ),
             watch=watch,
         )
         whole = time.perf_counter() - begun
@@ -86,4 +103,4 @@ def train_mlp(
         lines.append(run.record(ended.steps, "diverged", True))
     lines.append(run.record(ended.steps, "seconds", round(ended.step_seconds, 7), what="step"))
     lines.append(run.record(ended.steps, "seconds", round(whole, 4), what="run"))
-    return lines, model
+    return lines

@@ -83,25 +83,38 @@ def mlp(
     return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator, std))
 
 
-def convnet(channels: int, outputs: int, *, seed: int, width: int = 16, norm: Norm = "none") -> nn.Sequential:
-    """A small convnet ``(N, channels, H, W) -> (N, outputs)``: twice 3x3 convolution, normalization, ReLU, 2x2 pooling.
+def convnet(
+    channels: int,
+    outputs: int,
+    *,
+    seed: int,
+    width: int = 16,
+    norm: Norm = "none",
+    depth: int = 1,
+    stages: int = 2,
+) -> nn.Sequential:
+    """A small convnet ``(N, channels, H, W) -> (N, outputs)``: in each of ``stages`` ``depth`` times 3x3 convolution,
+    normalization, ReLU, then 2x2 pooling.
 
-    He normal weights, biases 0; global average pooling before the last, linear layer.
+    ``width`` channels in the first stage, twice as many in each next. He normal weights, biases 0; global average
+    pooling before the last, linear layer.
 
     Args:
         norm: "none", "batch" or "batch-plain".
     """
     generator = torch.Generator().manual_seed(seed)
     parts: list[nn.Module] = []
-    for planes in (width, 2 * width):
-        convolution = torch.nn.utils.skip_init(nn.Conv2d, channels, planes, 3, padding=1)
-        nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu", generator=generator)
-        nn.init.zeros_(convolution.bias)
-        parts.append(convolution)
-        if norm != "none":
-            parts.append(BatchNorm2d(planes, affine=norm == "batch"))
-        parts += [nn.ReLU(), nn.MaxPool2d(2)]
-        channels = planes
+    for planes in (width * 2**stage for stage in range(stages)):
+        for _ in range(depth):
+            convolution = torch.nn.utils.skip_init(nn.Conv2d, channels, planes, 3, padding=1)
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(convolution.bias)
+            parts.append(convolution)
+            if norm != "none":
+                parts.append(BatchNorm2d(planes, affine=norm == "batch"))
+            parts.append(nn.ReLU())
+            channels = planes
+        parts.append(nn.MaxPool2d(2))
     return nn.Sequential(
         *parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _linear(channels, outputs, "relu", 1.0, generator)
     )
