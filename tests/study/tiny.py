@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.study.config import StudyConfig
+from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
 from batchnorm.study.settings.headline import Headline
@@ -30,4 +31,5 @@ TINY = StudyConfig(
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
     initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
+    convnet=Convnet(width=2, deep_width=2, deep_depth=2, lrs=(0.3,), deep_lrs=(0.1, 0.3), steps=6),
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batchnorm._errors import ConfigError
+from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
 from batchnorm.study.settings.headline import Headline
@@ -31,6 +32,7 @@ SECTION_NAMES = (
     "headline",
     "deep",
     "initialisation",
+    "convnet",
     "distribution",
     "preprocessing",
     "identity",
@@ -59,6 +61,7 @@ class StudyConfig:
     headline: Headline = field(default_factory=Headline)
     deep: Deep = field(default_factory=Deep)
     initialisation: Initialisation = field(default_factory=Initialisation)
+    convnet: Convnet = field(default_factory=Convnet)
     distribution: Distribution = field(default_factory=Distribution)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)

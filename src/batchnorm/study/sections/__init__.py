@@ -17,6 +17,7 @@ SECTIONS: dict[str, str] = {
     "headline": "How much faster does a network learn with batch normalization?",
     "deep": "Does it train where a plain network does not?",
     "initialisation": "Does it matter how large the weights are at the start?",
+    "convnet": "And in a convolutional network?",
     "distribution": "What happens to the input of a typical unit?",
     "preprocessing": "What does preparing the raw data do?",
     "identity": "What are gamma and beta for?",
