@@ -1,4 +1,8 @@
-"""Section 2: a deep sigmoid net at Xavier's initialisation stays at chance, with BN it trains; what else trains it."""
+"""A deep sigmoid net at Xavier's initialisation stays at chance, with BN it trains; what else trains it, and how deep.
+
+Sigmoids pass on at most a quarter of a difference, so that without BN the signal shrinks from layer to layer. BN brings
+it back to its size at each layer. What it says of depth is in ``deep_page``.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,31 @@ from batchnorm.study.wording import band, curves, listed, ranged, rounded, share
 THRESHOLD = 0.9
 # Ten classes: 10% is chance, and a net that is stuck wanders a little around it.
 STUCK = 0.25
-PLAIN_STEP, BATCH_STEP = 0.0009, 0.0024
+# Seconds of a step and layer, and the share of its steps that a run takes which ends at its mark.
+STEPS = {"none": 0.00024, "batch": 0.0004}
+SHARES = {"none": 0.8, "batch": 0.15}
 
 
 def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothing here depends on results
-    """The plain net at each rate, with BN, and the plain net begun with larger weights."""
+    """The plain net at each rate, with BN, and the plain net begun with larger weights; then other depths of each."""
     wanted = config.deep
     runs = []
     for seed in config.seed_list():
         runs += [_run(config, "plain", "none", seed, lr, wanted.steps, wanted.layers) for lr in wanted.lrs]
         runs.append(_run(config, "plain", "batch", seed, wanted.lr, wanted.batch_steps, wanted.layers))
-        larger = {"gain": wanted.wide_init, "until": THRESHOLD}
+        larger, steps = {"gain": wanted.wide_init, "until": THRESHOLD}, wanted.depth_steps
         runs += [
-            _run(config, "wide-init", "none", seed, wanted.wide_lr, wanted.steps, layers, **larger)
-            for layers in _wide_layers(config)
+            _run(config, "wide-init", "none", seed, wanted.wide_lr, steps, layers, **larger)
+            for layers in wanted.wide_depths
+        ]
+        runs += [
+            _run(config, "depth", "none", seed, wanted.plain_lr, steps, layers, until=THRESHOLD)
+            for layers in wanted.plain_depths
+        ]
+        runs += [
+            _run(config, "depth", "batch", seed, lr, steps, layers, until=THRESHOLD)
+            for layers in wanted.batch_depths
+            for lr in wanted.batch_lrs
         ]
     return Plan(tuple(runs))
 
@@ -50,17 +65,19 @@ def summarise(config: StudyConfig, records: Records) -> Section | None:
     stuck = {lr: tops for lr, tops in stuck.items() if tops.values}
     if not batch.lines or not stuck:
         return None
-    arrived = _steps(batch)
+    from batchnorm.study.sections import deep_page
+
+    arrived, depths = _steps(batch), deep_page.depths(config, records)
     return Section(
         name="deep",
         title=SECTIONS["deep"],
         question=f"Does a net of {config.deep.layers} sigmoid layers train without batch normalization?",
         headline=_headline(config, stuck, arrived),
-        shows=tuple(_shows(config, stuck, batch)),
-        does_not_show=tuple(_does_not_show(config, records)),
+        shows=(*_shows(config, stuck, batch), *deep_page.shows(config, depths)),
+        does_not_show=(*_does_not_show(config, records), *deep_page.does_not_show(depths)),
         setup=_setup(config),
-        figures=(_figure(config, records),),
-        tables=(_table(config, records),),
+        figures=(_figure(config, records), *deep_page.figures(depths)),
+        tables=(_table(config, records), *deep_page.tables(depths)),
     )
 
 
@@ -96,7 +113,7 @@ def _shows(config: StudyConfig, stuck: dict[float, Spread], batch: Records) -> I
 
 
 def _does_not_show(config: StudyConfig, records: Records) -> Iterator[str]:
-    wide = {layers: _steps(records.where(case="wide-init", layers=layers)) for layers in _wide_layers(config)}
+    wide = {layers: _steps(records.where(case="wide-init", layers=layers)) for layers in config.deep.wide_depths}
     wide = {layers: steps for layers, steps in wide.items() if steps.values}
     trained = [
         f"{layers} layers in {ranged(steps)} steps" for layers, steps in wide.items() if steps.median is not None
@@ -121,7 +138,10 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "rates without BN": listed(wanted.lrs),
         "rate with BN": short(wanted.lr),
         "larger start": f"Xavier normal x {short(wanted.wide_init)}, rate {short(wanted.wide_lr)}",
-        "training": f"plain SGD, batch {config.batch}, at most {wanted.steps} steps ({wanted.batch_steps} with BN)",
+        "training": f"plain SGD, batch {config.batch}, {wanted.steps} steps ({wanted.batch_steps} with BN)",
+        "other depths": f"{listed(wanted.plain_depths)} layers without BN at rate {short(wanted.plain_lr)}, "
+        f"{listed(wanted.batch_depths)} with BN at {listed(wanted.batch_lrs)}, {listed(wanted.wide_depths)} with the "
+        f"larger start; until 90% or {wanted.depth_steps} steps",
         "seeds": listed(config.seed_list()),
     }
 
@@ -132,7 +152,7 @@ def _figure(config: StudyConfig, records: Records) -> Figure:
         found = curves(records.where(case="plain", variant="none", lr=lr), "accuracy")
         if found:
             series.append(band(f"without, rate {short(lr)}", found, "none"))
-    for layers in _wide_layers(config):
+    for layers in config.deep.wide_depths:
         found = curves(records.where(case="wide-init", layers=layers), "accuracy")
         if found:
             series.append(band(f"without, larger start, {layers} layers", found, "control", dash=True))
@@ -153,7 +173,6 @@ def _figure(config: StudyConfig, records: Records) -> Figure:
 def _table(config: StudyConfig, records: Records) -> Table:
     groups: list[tuple[str, Records]] = [("BN", records.where(case="plain", variant="batch"))]
     groups += [("without", records.where(case="plain", variant="none", lr=lr)) for lr in config.deep.lrs]
-    groups += [("without, larger start", records.where(case="wide-init", layers=n)) for n in _wide_layers(config)]
     rows: list[tuple[Cell, ...]] = []
     for title, found in groups:
         if found.lines:
@@ -172,15 +191,11 @@ def _tops(records: Records) -> Spread:
     return spread([best(curve) for curve in curves(records, "accuracy")])
 
 
-def _wide_layers(config: StudyConfig) -> list[int]:
-    return sorted({config.deep.layers, config.deep.wide_layers})
-
-
 def _run(
     config: StudyConfig, case: str, norm: str, seed: int, lr: float, steps: int, layers: int, **params: Any
 ) -> Run:
     name = run_id("deep", case, norm, layers=layers, lr=lr, seed=seed)
-    cost = steps * (PLAIN_STEP if norm == "none" else BATCH_STEP) * (0.3 if "until" in params else 1.0)
+    cost = steps * layers * STEPS[norm] * (SHARES[norm] if "until" in params else 1.0)
     # A net at chance needs no fine look; the others' marks are told apart by their first evaluations.
     coarse = 50 if norm == "none" and not params else 10
     spec = {"lr": lr, "norm": norm, "batch": config.batch, "layers": layers, "coarse": coarse, **params}
