@@ -34,6 +34,7 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose, watch
+    from batchnorm.study.comparison import compare
     from batchnorm.surgery import adapt, changes, convert, fold, freeze, insert, recalibrate, revert, unfreeze
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "adapt",
     "changes",
+    "compare",
     "convert",
     "diagnose",
     "fold",
@@ -77,6 +79,7 @@ _ROOMS = frozenset({"moments", "nn", "ops", "preprocessing", "probes", "report",
 _FUNCTIONS = {
     "adapt": "surgery",
     "changes": "surgery",
+    "compare": "study.comparison",
     "convert": "surgery",
     "diagnose": "probes",
     "fold": "surgery",
