@@ -18,6 +18,7 @@ import click
 
 from batchnorm import __version__
 from batchnorm._errors import BatchnormError
+from batchnorm.cli.compare import compare
 from batchnorm.cli.completion import completion
 from batchnorm.cli.doctor import doctor
 from batchnorm.cli.fit import fit
@@ -44,6 +45,7 @@ Examples:
   batchnorm doctor package:make_model    what is wrong with a model's batch norms
   batchnorm study                        the whole study, in under two minutes, and its page
   batchnorm study --quick                a first look, in half a minute
+  batchnorm compare --data wine.csv --target class    would it help on these data, and what does it cost
   batchnorm report runs/2026-01-31_12-00-00
   batchnorm selftest                     which implementations run here, and how exact they are
 
@@ -57,7 +59,21 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (fit, transform, merge, inspect, doctor, recalibrate, fold, study, report, selftest, completion):
+COMMANDS = (
+    fit,
+    transform,
+    merge,
+    inspect,
+    doctor,
+    recalibrate,
+    fold,
+    study,
+    compare,
+    report,
+    selftest,
+    completion,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

@@ -23,16 +23,19 @@ _PLAIN_SECONDS = 2.0
 _PLAIN_SILENCE = 20.0
 
 
-def watcher(stream: TextIO, folder: Path) -> Watcher:
-    """The watcher that fits ``stream``."""
+def watcher(stream: TextIO, folder: Path, what: str = "study", measure: str = "accuracy") -> Watcher:
+    """The watcher that fits ``stream``; ``what`` runs, and ``measure`` is the value that its runs report."""
     console = console_for(stream)
-    if stream.isatty() and not console.is_dumb_terminal:
-        return Screen(console, folder)
-    return Watcher(stream, folder)
+    found = Screen(console, folder) if stream.isatty() and not console.is_dumb_terminal else Watcher(stream, folder)
+    found.what, found.measure = what, measure
+    return found
 
 
 class Watcher:
     """Plain lines: what began, now and then what is finished and how much is left, what came out. Flushed."""
+
+    what = "study"
+    measure = "accuracy"
 
     def __init__(self, stream: TextIO, folder: Path) -> None:
         self.stream = stream
@@ -56,7 +59,7 @@ class Watcher:
             dropped = f" ({event.dropped})" if event.dropped else ""
             self._line(f"going on: {event.finished} runs were finished before{dropped}")
         elif isinstance(event, events.StudyStarted):
-            self._line(f"study in {self.folder}: {event.runs} runs or more, {event.workers} side by side")
+            self._line(f"{self.what} in {self.folder}: {event.runs} runs or more, {event.workers} side by side")
         elif isinstance(event, events.StudyFinished):
             self._line(f"100%  all {event.runs} runs finished in {duration(event.seconds)}")
         elif isinstance(event, events.RunFinished):
@@ -69,7 +72,7 @@ class Watcher:
         if waited < _PLAIN_SECONDS or (event.fraction - self._last_share < _PLAIN_SHARE and waited < _PLAIN_SILENCE):
             return
         self._last_share, self._last_time = event.fraction, now
-        reached = "" if event.accuracy is None else f"accuracy {event.accuracy:.3f} "
+        reached = "" if event.accuracy is None else f"{self.measure} {event.accuracy:.3f} "
         self._line(
             f"{event.fraction:4.0%}  {event.finished_runs} of {event.known_runs} runs, "
             f"{event.run}: {reached}after {event.step} steps, {time_left(event)}"
@@ -108,7 +111,8 @@ class Screen(Watcher):
         self.latest, self.latest_at = event, time.monotonic()
         if isinstance(event, events.StudyStarted):
             self.runs, self.workers = event.runs, event.workers
-            self.console.print(Text.assemble("Study in ", (str(self.folder), "bold")), soft_wrap=True)
+            what = f"{self.what.capitalize()} in "
+            self.console.print(Text.assemble(what, (str(self.folder), "bold")), soft_wrap=True)
         elif isinstance(event, events.StudyResumed):
             super().on_event(event)
         elif isinstance(event, events.RunStarted | events.RunProgress):
@@ -152,7 +156,7 @@ class Screen(Watcher):
             runs.add_row(
                 Text(event.run),
                 Text(f"step {step}/{event.steps}", "dim"),
-                Text("" if accuracy is None else f"accuracy {accuracy:.3f}", "bold"),
+                Text("" if accuracy is None else f"{self.measure} {accuracy:.3f}", "bold"),
             )
         return Group(whole, runs)
 

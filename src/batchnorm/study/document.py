@@ -103,8 +103,8 @@ class Summary:
     """A whole run. ``speedup_90`` holds the headline ratio as data, None where that section did not run.
 
     Its keys: ``ratio``, ``baseline_steps``, ``bn_steps`` (each a :class:`Spread` as a mapping), ``baseline_lr``,
-    ``bn_lr``, ``threshold``, ``seeds``. ``kind`` is what ran; of a comparison of a user's own network ``verdict`` is its
-    :class:`batchnorm.study.comparison.Verdict` as a mapping, whose ``text`` and ``judgements`` belong on top.
+    ``bn_lr``, ``threshold``, ``seeds``. ``kind`` is what ran; of a comparison of a user's own network ``verdict``
+    is its :class:`batchnorm.study.comparison.Verdict` as a mapping, whose ``text`` and ``judgements`` belong on top.
     """
 
     title: str

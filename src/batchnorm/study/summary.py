@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from batchnorm.study import records as records_module
 from batchnorm.study import sections
+from batchnorm.study.comparison import Comparison, settings
 from batchnorm.study.config import StudyConfig
 from batchnorm.study.document import Cell, Section, Summary, Table
 from batchnorm.study.folder import RunFolder
@@ -25,7 +27,7 @@ def load_summary(out: str | Path) -> Summary:
 
 
 def summarise(out: str | Path, *, command: str = "") -> Summary:
-    """Make the document of the study in folder ``out`` from its records; writes nothing and needs no torch.
+    """Make the document of the study, or comparison, in folder ``out`` from its records; needs no torch.
 
     A study that is not finished gives what its finished runs can say, with ``complete=False``.
 
@@ -34,6 +36,9 @@ def summarise(out: str | Path, *, command: str = "") -> Summary:
         ConfigError: its configuration cannot be read.
     """
     folder = RunFolder(Path(out))
+    if folder.started() and settings.read_raw(folder.config_file).get("kind") == settings.KIND:
+        summary = Comparison.load(folder.path).summary
+        return dataclasses.replace(summary, command=command) if command else summary
     config = folder.config()
     found = records_module.read(folder.records_file)
     return build(config, found, command)

@@ -174,15 +174,17 @@ def _arrays(
     sizes = torch.as_tensor(arrays[lengths].astype(np.int64))
     if found.dim() != 3 or len(sizes) != len(found) or int(sizes.min()) < 1 or int(sizes.max()) > found.size(2):
         raise InputError(
-            f"{label}: expected sequences (N, C, L) and a length of 1 to L for each, got {list(found.shape)} and lengths "
-            f"from {int(sizes.min())} to {int(sizes.max())}"
+            f"{label}: expected sequences (N, C, L) and a length of 1 to L for each, got {list(found.shape)} and "
+            f"lengths from {int(sizes.min())} to {int(sizes.max())}"
         )
     notes.append("Sequences have lengths; what is behind a length is padding and counts nowhere.")
     return (found, sizes), answer
 
 
 def _images(path: str, files: list[str], batch_size: int, size: int | None, standardize: bool) -> ArrayData:
-    root = path if os.path.isdir(path) else os.path.dirname(os.path.commonprefix(files))
+    root = (
+        path if os.path.isdir(path) else os.path.commonpath([os.path.dirname(os.path.dirname(file)) for file in files])
+    )
     places = [os.path.relpath(file, root).split(os.sep) for file in files]
     if any(len(place) < 2 for place in places):
         raise InputError(f"{path}: expected a folder with a folder of images for each class, got images right in it")

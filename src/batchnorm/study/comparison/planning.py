@@ -20,7 +20,7 @@ FEWEST = 24
 """Steps of a run below which a budget is refused: not much can be said of fewer."""
 DENSE = 8
 # What is left for making models, writing files and pages; and the most of a budget that evaluations may take.
-_SHARE, _EVALUATIONS = 0.85, 0.35
+_SHARE, _EVALUATIONS = 0.75, 0.35
 _COUNTS = (30, 20, 12, DENSE)
 # Of a search's run, the last evaluations that decide, averaged.
 _DECIDING = 3
