@@ -12,7 +12,7 @@ import batchnorm
 from batchnorm.study import models
 
 
-@pytest.mark.parametrize("norm", ["none", "batch", "batch-plain", "noisy"])
+@pytest.mark.parametrize("norm", ["none", "batch", "batch-plain", "noisy", "renorm", "ghost", "group"])
 def test_variants_with_one_seed_begin_with_the_same_weights(norm):
     plain = models.mlp(64, 10, seed=3)
     other = models.mlp(64, 10, seed=3, norm=norm, noise=(1.0, 0.5))
@@ -97,3 +97,19 @@ def test_the_convnet_learns(norm):
     assert model(x).shape == (40, 2)
     assert losses[-1] < 0.5 * losses[0]
     assert any(isinstance(part, batchnorm.nn.BatchNorm2d) for part in model) == (norm != "none")
+
+
+def test_normalizations_for_small_batches():
+    options = {"seed": 0, "layers": 1, "width": 20}
+    renorm = models.mlp(4, 2, norm="renorm", momentum=0.01, **options)[1]
+    ghost = models.mlp(4, 2, norm="ghost", ghost=5, momentum=0.01, **options)[1]
+    group = models.mlp(4, 2, norm="group", groups=4, **options)[1]
+    batch = models.mlp(4, 2, norm="batch", momentum=0.01, **options)[1]
+    assert isinstance(renorm, batchnorm.nn.BatchRenorm1d)
+    assert isinstance(ghost, batchnorm.nn.GhostBatchNorm1d)
+    assert ghost.virtual_batch_size == 5
+    assert [layer.momentum for layer in (renorm, ghost, batch)] == [0.01] * 3
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    by_hand = x.reshape(6, 4, 5)
+    by_hand = (by_hand - by_hand.mean(2, keepdim=True)) / (by_hand.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
+    torch.testing.assert_close(group(x), by_hand.reshape(6, 20))

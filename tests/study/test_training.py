@@ -91,3 +91,42 @@ def test_accuracy_is_measured_in_eval_mode():
 )
 def test_evaluations_get_sparse(total, expected):
     assert training.evaluation_steps(total, fine_until=10) == expected
+
+
+def test_batches_of_one_class_hold_each_sample_of_it_at_most_once_an_epoch():
+    numbered = (torch.arange(50.0)[:, None], torch.arange(50) % 3)  # 17, 17 and 16 samples
+    sampler = training.batches_of_one_class(numbered, 8, 1)
+    epochs = [[next(sampler) for _ in range(6)] for _ in range(2)]
+    for epoch in epochs:
+        assert all(len(labels) == 8 and len(labels.unique()) == 1 for _, labels in epoch)
+        assert sorted(int(labels[0]) for _, labels in epoch) == [0, 0, 1, 1, 2, 2]
+        taken = torch.cat([features.flatten() for features, _ in epoch])
+        assert len(taken.unique()) == 48
+        assert all(torch.equal(features.flatten().long() % 3, labels) for features, labels in epoch)
+    orders = [[int(labels[0]) for _, labels in epoch] for epoch in epochs]
+    assert orders[0] != sorted(orders[0])  # not one class after the other
+    again = training.batches_of_one_class(numbered, 8, 1)
+    assert torch.equal(next(again)[0], epochs[0][0][0])
+    # A class smaller than a batch is taken whole, not lost.
+    whole = training.batches_of_one_class(numbered, 40, 1)
+    assert sorted(len(next(whole)[1]) for _ in range(3)) == [16, 17, 17]
+
+
+def test_a_run_can_be_trained_on_batches_of_one_class():
+    seen = []
+
+    class Spy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = linear()
+
+        def forward(self, x):
+            seen.append(x)
+            return self.inner(x)
+
+    training.train(
+        Spy(), DATA, lr=0.1, steps=4, batch=20, seed=0, at=frozenset(), watch=lambda *_: False, order="one-class"
+    )
+    expected = training.batches_of_one_class(DATA, 20, 0)
+    assert all(torch.equal(x, next(expected)[0]) for x in seen)
+    assert len(seen) == 4

@@ -41,11 +41,12 @@ def train_mlp(
 ) -> tuple[list[Record], torch.nn.Sequential]:
     """Train the net that ``run.params`` describe and record its accuracy on one part of the split.
 
-    Of the params, ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std`` and ``noise`` go to
-    :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); the others as in :func:`train_net`.
+    Of the params, ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std``, ``noise``, ``momentum``,
+    ``ghost`` and ``groups`` go to :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); the others
+    as in :func:`train_net`.
     """
     wanted = run.params
-    names = ("norm", "layers", "width", "activation", "gain", "std", "noise")
+    names = ("norm", "layers", "width", "activation", "gain", "std", "noise", "momentum", "ghost", "groups")
     model = models.mlp(
         split.features, split.classes, seed=run.seed, **{name: wanted[name] for name in names if name in wanted}
     )
@@ -64,7 +65,8 @@ def train_net(
     """Train ``model`` on ``data`` as ``run.params`` say and record its accuracy on ``judged``.
 
     Of the params, ``lr`` and ``batch`` are required; ``until`` ends the run when two evaluations in a row are at that
-    accuracy; evaluated is every ``fine`` steps up to ``fine_until``, every ``coarse`` steps after it.
+    accuracy; ``order`` is the key of :data:`training.ORDERS` for the batches; evaluated is every ``fine`` steps up to
+    ``fine_until``, every ``coarse`` steps after it.
     ``look(step, model)`` is called after each evaluation.
     """
     wanted = run.params
@@ -97,6 +99,7 @@ def train_net(
                 run.steps, wanted.get("fine_until", 200), wanted.get("fine", 2), wanted.get("coarse", 10)
             ),
             watch=watch,
+            order=wanted.get("order", "shuffled"),
         )
         whole = time.perf_counter() - begun
     if ended.diverged:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 # The one line through which the study meets the layer that it studies.
-from batchnorm.nn import BatchNorm1d, BatchNorm2d
+from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchRenorm1d, GhostBatchNorm1d
 
-Norm = Literal["none", "batch", "batch-plain", "noisy"]
+Norm = Literal["none", "batch", "batch-plain", "noisy", "renorm", "ghost", "group"]
 Activation = Literal["sigmoid", "relu"]
 NORMS = (BatchNorm1d, BatchNorm2d)
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
@@ -58,6 +58,9 @@ def mlp(
     gain: float = 1.0,
     std: float | None = None,
     noise: tuple[float, float] = (0.0, 0.0),
+    momentum: float = 0.1,
+    ghost: int = 15,
+    groups: int = 10,
 ) -> nn.Sequential:
     """A multilayer perceptron ``(N, inputs) -> (N, outputs)``: ``layers`` times linear, normalization, activation.
 
@@ -66,8 +69,12 @@ def mlp(
     from N(0, std^2) where ``std`` is given; biases 0.
 
     Args:
-        norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`.
+        norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`; "renorm",
+            "ghost" and "group", batch renormalization, ghost batches and group norm.
         noise: the shift and scale of the noisy variant.
+        momentum: the weight of the new value in the running averages of "batch", "renorm" and "ghost".
+        ghost: the samples in a ghost batch.
+        groups: of group norm, which divide ``width``.
     """
     generator = torch.Generator().manual_seed(seed)
     shaking = torch.Generator().manual_seed(seed + 1_000_003)
@@ -76,8 +83,14 @@ def mlp(
         parts.append(_linear(inputs, width, activation, gain, generator, std))
         if norm == "noisy":
             parts.append(NoisyBatchNorm1d(width, *noise, shaking))
+        elif norm == "renorm":
+            parts.append(BatchRenorm1d(width, momentum=momentum))
+        elif norm == "ghost":
+            parts.append(GhostBatchNorm1d(width, momentum=momentum, virtual_batch_size=ghost))
+        elif norm == "group":
+            parts.append(nn.GroupNorm(groups, width))
         elif norm != "none":
-            parts.append(BatchNorm1d(width, affine=norm == "batch"))
+            parts.append(BatchNorm1d(width, momentum=momentum, affine=norm == "batch"))
         parts.append(_ACTIVATIONS[activation]())
         inputs = width
     return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator, std))

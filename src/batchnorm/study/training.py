@@ -29,7 +29,16 @@ class Trained:
 
 
 def train(
-    model: nn.Module, data: Data, *, lr: float, steps: int, batch: int, seed: int, at: Container[int], watch: Watch
+    model: nn.Module,
+    data: Data,
+    *,
+    lr: float,
+    steps: int,
+    batch: int,
+    seed: int,
+    at: Container[int],
+    watch: Watch,
+    order: str = "shuffled",
 ) -> Trained:
     """Train ``model`` by SGD, ``theta <- theta - lr * gradient`` of the mean cross-entropy of a batch.
 
@@ -39,9 +48,10 @@ def train(
         batch: size of a batch, at most n; the whole data where they are equal.
         seed: of the order of the samples, which thus is the same for every variant.
         at: steps after which ``watch`` is called (0 is before the first); step ``steps`` always is.
+        order: which samples stand together in a batch, a key of :data:`ORDERS`.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    samples = batches(data, batch, seed)
+    samples = ORDERS[order](data, batch, seed)
     seconds: list[float] = []
     loss = float("nan")
     model.train()
@@ -75,6 +85,31 @@ def batches(data: Data, batch: int, seed: int) -> Iterator[Data]:
         for start in range(0, len(labels) - batch + 1, batch):
             chosen = order[start : start + batch]
             yield features[chosen], labels[chosen]
+
+
+def batches_of_one_class(data: Data, batch: int, seed: int) -> Iterator[Data]:
+    """Batches without end, each of a single class: what reading a folder class by class gives, in random order.
+
+    In each epoch a class's samples are permuted and cut; parts smaller than ``batch`` are left out, except where a
+    class has no other. The parts of all classes come in random order.
+    """
+    features, labels = data
+    generator = torch.Generator().manual_seed(seed)
+    members = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    while True:
+        parts: list[Tensor] = []
+        for of_class in members:
+            cut = of_class[torch.randperm(len(of_class), generator=generator)].split(batch)
+            parts += [part for place, part in enumerate(cut) if place == 0 or len(part) == batch]
+        for place in torch.randperm(len(parts), generator=generator).tolist():
+            yield features[parts[place]], labels[parts[place]]
+
+
+ORDERS: dict[str, Callable[[Data, int, int], Iterator[Data]]] = {
+    "shuffled": batches,
+    "one-class": batches_of_one_class,
+}
+"""How the samples of a batch are chosen: ``(data, batch, seed)`` to batches without end."""
 
 
 @torch.no_grad()
