@@ -13,6 +13,7 @@ from torch.nn import functional
 import batchnorm as bn
 from batchnorm.study import data, training
 from batchnorm.study.models import mlp
+from oracles.absent_torchvision import stand_in
 from oracles.model_zoo import timm_model
 
 
@@ -176,6 +177,58 @@ def test_where_nothing_belongs():
     assert model(torch.randn(6, 4)).shape == (6, 4)
 
 
+class Swish(nn.Module):
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+class LearnedSwish(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return x * (self.beta * x).sigmoid()
+
+
+class Gate(nn.Module):
+    def forward(self, x):
+        return x * x.mean(0, keepdim=True).sigmoid()
+
+
+class Scale(nn.Module):
+    def forward(self, x):
+        return 2 * x + 1
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x.relu() + torch.randn_like(x)
+
+
+@pytest.mark.parametrize("act", [Swish, LearnedSwish, "GELUTanh", "HardMish"])
+def test_an_activation_of_somebodys_own_is_a_non_linearity(act):
+    if isinstance(act, str):
+        stand_in()
+        act = getattr(pytest.importorskip("timm.layers"), act)
+    model = nn.Sequential(nn.Linear(3, 4), act(), nn.Linear(4, 2))
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(None))
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    bn.insert(model, torch.randn(6, 3, generator=torch.Generator().manual_seed(0)))
+    assert bn.changes(model)[0].what == "BatchNorm1d(4) between it and 1"
+    assert torch.equal(torch.rand(2), expected)
+    assert len(calls) == 2  # traced, and run with the batch norm: what tries the activation calls no hooks
+
+
+@pytest.mark.parametrize("other", [Gate, Scale, Noise, lambda: nn.Softmax(1), lambda: nn.Linear(4, 4), nn.GLU])
+def test_what_mixes_elements_or_is_affine_or_random_is_none(other):
+    with pytest.raises(bn.SurgeryError, match="'0': followed by 1, which is no non-linearity"):
+        bn.insert(nn.Sequential(nn.Linear(3, 4), other()), torch.randn(6, 3), layers="0")
+
+
 def test_only_the_layers_that_were_chosen_and_batches_of_other_kinds():
     class Two(nn.Module):
         def __init__(self):
@@ -212,7 +265,7 @@ def test_copies_pickles_and_a_second_time():
     fresh = bn.insert(net(), IMAGES)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.eval()(IMAGES), model(IMAGES))
-    with pytest.raises(bn.SurgeryError, match=r"got conv\.layer normalized by conv\.norm already; up\.layer normal"):
+    with pytest.raises(bn.SurgeryError, match=r"'conv\.layer': normalized by conv\.norm already; 'up\.layer': normal"):
         bn.insert(model, IMAGES)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = model.fc.nothing
@@ -307,9 +360,9 @@ def test_refusals_leave_the_model_as_it_was():
     ):
         with pytest.raises(bn.InputError, match=message):
             bn.insert(model, IMAGES, **options)
-    with pytest.raises(bn.SurgeryError, match=r"before a non-linearity, got head followed by mul, which is no non-lin"):
+    with pytest.raises(bn.SurgeryError, match=r"before a non-linearity, got none \('head': followed by mul, "):
         bn.insert(model, IMAGES, layers="head")
-    with pytest.raises(bn.SurgeryError, match="got no such layer"):
+    with pytest.raises(bn.SurgeryError, match=r"got none \(no such layer\)"):
         bn.insert(nn.ReLU(), IMAGES)
     with pytest.raises(bn.SurgeryError, match="fc: expected more than 1 value per channel in the example, got 1"):
         bn.insert(model, IMAGES[:1], preserve=True)

@@ -105,9 +105,10 @@ def insert(
     places = [layer for layer in chosen if not why[layer.module]]
     left = [Change(layer.name, f"left as it is: {reason}") for layer in chosen if (reason := why[layer.module])]
     if not places:
-        told = "; ".join(f"{layer.name or 'the model'} {why[layer.module]}" for layer in chosen[:5])
+        told = "; ".join(f"{layer.name!r}: {why[layer.module]}" for layer in chosen[:5])
+        more = f"; and {len(chosen) - 5} more" if len(chosen) > 5 else ""
         raise SurgeryError(
-            f"expected a linear layer or convolution before a non-linearity, got {told or 'no such layer'}"
+            f"expected a linear layer or convolution before a non-linearity, got none ({told or 'no such layer'}{more})"
         )
     found: list[Change] = []
     with unchanged_on_error(model, parameters=preserve):
