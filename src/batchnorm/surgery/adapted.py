@@ -130,7 +130,7 @@ class Adapted(nn.Module):
             return
         with self._as_it_was(), undisturbed(inner, training=False):
             found = find_logits(run(), self._logits)
-        if found is None or found.dim() != 2 or found.size(1) < 2:
+        if found is None or found.dim() != 2 or found.size(1) < 2 or not bool(found.isfinite().all()):
             return
         self.sortedness.add(found.argmax(1), found.size(1))
         if not self.sortedness.is_sorted or self._warned:

@@ -78,6 +78,8 @@ class Statistics:
                 raise InputError(
                     f"expected more than 1 value per channel to adapt to, got {list(x.shape)}: give a prior, in samples"
                 )
+            if not all(bool(part.isfinite().all()) for part in moments):
+                return  # an inf or NaN would be in the statistics for ever: it is normalized with what is known
             if seen.moments is not None:
                 moments = _merged(seen.moments, moments)
             seen.moments = count, mean, m2 = moments
