@@ -82,6 +82,22 @@ def test_recalibrate_as_json(call: Call) -> None:
     assert Path("new.safetensors").is_file()
 
 
+def test_recalibrate_until_converged_and_one_layer_after_the_other(call: Call) -> None:
+    np.save("x.npy", np.random.default_rng(0).normal(2, 3, (1600, 3, 6, 6)).astype("float32"))
+    done = call(*RECALIBRATE, "--until", "0.2", "--out", "new.pt", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["batches"] in (8, 16, 32, 64)
+    assert "converged to" in json.loads(done.out)["changes"][0]["what"]
+    assert call(*RECALIBRATE, "--until", "0", "--out", "no.pt").code == 2
+
+    done = call(*RECALIBRATE, "--method", "sequential", "--out", "exact.pt")
+    assert done.code == 0, done.err
+    model, x = net(), torch.from_numpy(np.load("x.npy"))
+    model.load_state_dict(torch.load("exact.pt", weights_only=True)["model"])
+    seen = model.norm(model.conv(x)).relu().double().transpose(0, 1).flatten(1)
+    assert torch.allclose(model.late.running_var.double(), seen.var(1), rtol=1e-5)
+
+
 def test_recalibrate_replaces_nothing_unasked(call: Call) -> None:
     before = Path("net.pt").read_bytes()
     done = call(*RECALIBRATE, "--out", "net.pt")

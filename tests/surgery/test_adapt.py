@@ -312,6 +312,30 @@ def test_a_batch_with_nan_does_not_stay_in_gamma_and_beta():
     assert same(state(adapted.model), before)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_with_nan_or_infinity_does_not_stay_in_the_statistics(value):
+    adapted, twin = bn.adapt(network()), bn.adapt(network())
+    x, y = torch.randn(6, 3) + 1, torch.randn(6, 3)
+    spoilt = torch.cat([x, torch.full((1, 3), value)])
+    source = adapted.model(x)
+    assert torch.equal(adapted(spoilt)[:6], source)  # nothing is known: as the source has it
+    assert same(state(adapted.model), state(network()))
+    assert torch.equal(adapted(x), twin(x))
+    known = state(adapted.model)
+    assert adapted(spoilt)[:6].isfinite().all()
+    assert same(state(adapted.model), known)
+    assert torch.equal(adapted(y), twin(y))
+
+
+def test_predictions_that_are_nan_say_nothing_of_the_order():
+    adapted = bn.adapt(classifier())
+    for _ in range(4):
+        adapted(torch.full((60, 4), math.nan))
+        for batch in stream(60, by_class=False)[:2]:
+            adapted(batch)
+    assert adapted.sortedness.samples == 480
+
+
 def classifier():
     """Tells the class, of 4, that is written into its input."""
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4)).eval()
@@ -417,6 +441,7 @@ def test_the_share_is_mutual_information_over_entropy():
         ({"batches": [torch.randn(6, 3)], "episodic": True}, "expected episodic=True without batches"),
         ({"batches": iter([torch.randn(6, 3)]), "method": "tent"}, "expected batches that can be read twice"),
         ({"batches": torch.randn(6, 3)}, "expected batches, got one Tensor: give a list of it, or call the result"),
+        ({"batches": 3}, "expected batches to iterate over, got int"),
         ({"layers": "7"}, "which none has"),
     ],
 )

@@ -209,7 +209,7 @@ def test_what_is_said():
     x = torch.tensor([[1.0, -4.0], [3.0, 4.0]], dtype=torch.float64)  # means 2 and 0, unbiased variances 2 and 32
     bn.recalibrate(layer, [x])
     summary, told = str(bn.changes(layer)).splitlines()
-    assert summary == "the model: 1 of 1 batch norms have the statistics of 1 batches"
+    assert summary == "the model: 1 of 1 batch norms have the statistics of 1 batch"
     # 2 in units of sqrt(1); a biased deviation of 4 where there was 1.
     assert told.endswith(
         "2 values a channel (1 call): means moved by up to 2 deviations, deviations by a factor of up to 4"

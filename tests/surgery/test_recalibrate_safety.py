@@ -97,6 +97,11 @@ def test_a_layer_in_the_middle_that_spoils_its_input():
         ({"method": "precise"}, "method"),
         ({"method": "sequential", "batches": iter(images().split(20))}, "read several times .* got an iterator"),
         ({"layers": "nowhere"}, "nowhere"),
+        ({"batches": images()}, "expected batches to iterate over, got one Tensor: give a list of batches"),
+        ({"batches": {"x": images()}}, "expected batches to iterate over, got one dict"),
+        ({"batches": convolutional()}, "expected batches to iterate over, got one Sequential"),
+        ({"batches": 3}, "expected batches to iterate over, got int"),
+        ({"progress": True}, "expected progress to be a function of the batches done and of all, got True"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -110,7 +115,7 @@ def test_bad_arguments(arguments, text):
 
 def test_models_without_statistics_to_move():
     for net in (nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False), bn.nn.FrozenBatchNorm1d(3)):
-        with pytest.raises(bn.InputError, match="expected a model with batch norms whose running statistics move"):
+        with pytest.raises(bn.InputError, match="expected batch norms whose running statistics move, got"):
             bn.recalibrate(net, [torch.randn(5, 3)])
 
 

@@ -128,3 +128,32 @@ def test_nothing_to_choose_from():
     assert select(nn.Linear(2, 2)) == []
     with pytest.raises(bn.InputError, match="got 'bn', which none has: the model has none"):
         select(nn.Linear(2, 2), "bn")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "operation",
+    [
+        bn.freeze,
+        bn.unfreeze,
+        lambda model: bn.recalibrate(model, [torch.randn(5, 3)]),
+        bn.adapt,
+        lambda model: bn.adapt(model, method="tent"),
+    ],
+)
+def test_what_is_scripted_is_not_passed_by_in_silence(operation):
+    script = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3)).eval())
+    with pytest.raises(bn.SurgeryError, match="expected modules of Python, got the scripted Sequential at ''"):
+        operation(script)
+    model = nn.Sequential(nn.BatchNorm1d(3), script)
+    with pytest.raises(bn.SurgeryError, match=r"the scripted BatchNorm1d at '1.0': script it .* others by layers="):
+        operation(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_beside_what_is_scripted_others_can_be_chosen():
+    model = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.BatchNorm1d(3)))
+    assert [layer.name for layer in select(model, "0")] == ["0"]
+    assert [layer.name for layer in select(model, "*")] == ["0"]
+    harmless = nn.Sequential(nn.BatchNorm1d(3), torch.jit.script(nn.InstanceNorm1d(3, track_running_stats=True)))
+    assert [layer.name for layer in select(harmless)] == ["0"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -27,6 +27,19 @@ What else the checkpoint holds (an optimizer, a step) stays as it was.""",
 @models.checkpoint_options(required=True)
 @models.data_options(required=True)
 @click.option("--num-batches", type=click.IntRange(min=1), metavar="N", help="So many batches, not all.")
+@click.option(
+    "--until",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="TOL",
+    help="Stop when no mean and no deviation moves by more, in standard deviations: 0.05.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["batch", "sequential"]),
+    default="batch",
+    show_default=True,
+    help="One pass, or one for each batch norm in a chain: exact for eval.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Where the weights go.")
 @options.force
 @options.as_json
@@ -40,6 +53,8 @@ def recalibrate(
     batch_size: int,
     stats: Path | None,
     num_batches: int | None,
+    until: float | None,
+    method: Literal["batch", "sequential"],
     out: Path,
     force: bool,
     as_json: bool,
@@ -58,7 +73,9 @@ def recalibrate(
         assert loaded.checkpoint is not None
         batches = models.Again(models.batches(data, columns, batch_size, stats, loaded.model))
         with options.Meter("recalibrating", unit="batches") as meter, models.failures_told(model):
-            mended = bn.recalibrate(loaded.model, batches, num_batches=num_batches, progress=meter)
+            mended = bn.recalibrate(
+                loaded.model, batches, num_batches=num_batches, until=until, method=method, progress=meter
+            )
     write_checkpoint(updated(loaded.checkpoint, mended, loaded.prefix), out)
     done = bn.changes(mended)
     if as_json:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -12,10 +12,20 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from batchnorm._errors import InputError
+
 _probing = ContextVar("probing", default=False)
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 """How a model takes a batch of a user's own kind: ``forward_fn(model, batch)``."""
+
+
+def check_batches(batches: Any) -> None:
+    """Raise InputError where ``batches`` is no iterable, or one batch: its rows, keys or letters are no batches."""
+    if isinstance(batches, Tensor | Mapping | str | nn.Module):
+        raise InputError(f"expected batches to iterate over, got one {type(batches).__name__}: give a list of batches")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise InputError(f"expected batches to iterate over, got {type(batches).__name__}: give a list of batches")
 
 
 def feed(model: nn.Module, batch: Any, forward_fn: ForwardFn | None = None) -> Any:

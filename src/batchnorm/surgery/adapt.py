@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.recognition import Layer, unwrapped
-from batchnorm.probes.feeding import ForwardFn
+from batchnorm.probes.feeding import ForwardFn, check_batches
 from batchnorm.surgery.adapted import Adapted, OnSorted
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.selection import Layers, select
@@ -60,6 +60,8 @@ def adapt(
     Each process of a distributed job adapts by itself and waits for no other; :func:`batchnorm.recalibrate` pools over
     processes.
 
+    A batch with NaN or infinity teaches nothing: it is normalized with what was known, for "tent" its own statistics.
+
     Batches sorted by class destroy either method, since a batch's statistics then are its class's. It is looked for in
     what the model predicted before it was adapted, where its outputs are logits (N, K): a second forward, without
     gradients, for each batch. A first batch by itself cannot be told.
@@ -106,6 +108,8 @@ def adapt(
         raise InputError(f"expected steps of 1 or more, got {steps}")
     if isinstance(batches, Tensor | Mapping):
         raise InputError(f"expected batches, got one {type(batches).__name__}: give a list of it, or call the result")
+    if batches is not None:
+        check_batches(batches)
     if batches is None and num_batches is not None:
         raise InputError(f"expected num_batches together with batches, got {num_batches} without")
     if batches is not None and episodic:

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from batchnorm._checks import check_choice
 from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.recognition import RECALIBRATED, Layer, batch_norms, frozen_parts, is_frozen, unwrapped
-from batchnorm.probes.feeding import ForwardFn, call, device_of, on_device, undisturbed
+from batchnorm.probes.feeding import ForwardFn, call, check_batches, device_of, on_device, undisturbed
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.convergence import Convergence
 from batchnorm.surgery.population import Collected, Population, buffers_of, movement
@@ -88,14 +88,19 @@ def recalibrate(
         with a warning.
 
     Raises:
-        InputError: (ValueError) there is no batch or no batch norm; an argument out of range.
-        SurgeryError: (ValueError, RuntimeError) a layer is given NaN or infinity, or a single value a channel.
+        InputError: (ValueError) there is no batch or no batch norm; one batch in the place of several; an argument out
+            of range.
+        SurgeryError: (ValueError, RuntimeError) a layer is given NaN or infinity, or a single value a channel; the
+            batch norms are in a ScriptModule.
         SynchronizationError: (RuntimeError) another rank failed or has another model.
         Whatever is raised, here or in the model or the loader, the model is as it was.
 
     Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", section 3 and appendix, for what eval should use.
     """
     check_choice("method", method, ("batch", "sequential"))
+    check_batches(batches)
+    if progress is not None and not callable(progress):
+        raise InputError(f"expected progress to be a function of the batches done and of all, got {progress!r}")
     if num_batches is not None and num_batches < 1:
         raise InputError(f"expected num_batches of 1 or more, got {num_batches}")
     if until is not None and not 0 < until < math.inf:
@@ -155,9 +160,8 @@ def _chosen(model: nn.Module, layers: Layers | None) -> tuple[list[Layer], list[
         else:
             kept.append(layer)
     if not kept:
-        raise InputError(
-            f"expected a model with batch norms whose running statistics move, got {len(left)} without{_held(model)}"
-        )
+        got = f"{len(left)} without" if left or _held(model) else "none"
+        raise InputError(f"expected batch norms whose running statistics move, got {got}{_held(model)}")
     return kept, left
 
 
@@ -237,8 +241,9 @@ class _Run:
 
     def summary(self, done: int, of: int) -> str:
         """What was done, in words."""
+        batches = "1 batch" if self.used == 1 else f"{self.used} batches"
         passes = f" in each of {self.passes} passes" if self.passes > 1 else ""
-        return f"{done} of {of} batch norms have the statistics of {self.used} batches{passes}{self.reached}"
+        return f"{done} of {of} batch norms have the statistics of {batches}{passes}{self.reached}"
 
     def _order(self, layers: list[Layer]) -> list[list[str]]:
         mine: list[list[str]] | None = None

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
-from batchnorm._errors import InputError
+from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.recognition import Layer, is_batch_norm, is_frozen, unwrapped
 
 Predicate: TypeAlias = Callable[[str, nn.Module], bool]
@@ -39,11 +40,13 @@ def select(
     Raises:
         InputError: (ValueError) a name or glob that finds nothing; ``layers`` is none of the above. Classes and
             predicates may find nothing.
+        SurgeryError: (ValueError, RuntimeError) all are wanted, and some are in a ScriptModule.
     """
     if among is None:
         among = _batch_norm_or_frozen if frozen else is_batch_norm
     candidates = _held(model, among)
     if layers is None:
+        _refuse_scripts(model)
         return candidates
     if callable(layers) and not isinstance(layers, type | nn.Module):
         return [layer for layer in candidates if any(layers(name, layer.module) for name in layer.names)]
@@ -59,6 +62,20 @@ def _held(model: nn.Module, among: Callable[[nn.Module], bool]) -> list[Layer]:
         if among(module):
             names.setdefault(module, []).append(name)
     return [Layer(tuple(found), module) for module, found in names.items()]
+
+
+def _refuse_scripts(model: nn.Module) -> None:
+    """What is scripted has no layers of Python to change: better said than passed by."""
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.jit.ScriptModule):
+            continue
+        # Inside a model of Python only what normalizes matters: freezing a script inlines what it was.
+        counts = "running_mean" in dict(module.named_buffers(recurse=False))
+        if not name or (counts and "InstanceNorm" not in module.original_name):
+            raise SurgeryError(
+                f"expected modules of Python, got the scripted {module.original_name} at {name!r}: script it "
+                "afterwards, or choose others by layers="
+            )
 
 
 def _batch_norm_or_frozen(module: nn.Module) -> bool:

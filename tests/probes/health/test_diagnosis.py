@@ -155,9 +155,13 @@ def test_what_a_script_hides_is_said():
     found = bn.diagnose(model, [torch.randn(32, 3) for _ in range(3)])
     assert found.skipped["BN001"] == "needs a model in Python, without a ScriptModule in it"
     assert "BN301" in found.checked
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        script = torch.jit.script(model)
+    with pytest.raises(bn.InputError, match="a ScriptModule: diagnose the model that it was made from"):
+        bn.diagnose(script)
 
 
-@pytest.mark.parametrize("batches", [torch.randn(8, 3), {"x": torch.randn(8, 3)}, "loader", 5])
+@pytest.mark.parametrize("batches", [torch.randn(8, 3), {"x": torch.randn(8, 3)}, "loader", 5, nn.ReLU()])
 def test_one_batch_in_the_place_of_several_is_refused(batches):
     with pytest.raises(bn.InputError, match=f"expected batches to iterate over, got .*{type(batches).__name__}"):
         bn.diagnose(nn.Sequential(nn.BatchNorm1d(3)), batches)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import Tensor, nn, optim
+import torch
+from torch import nn, optim
 
 from batchnorm._errors import InputError
-from batchnorm.probes.feeding import ForwardFn
+from batchnorm.nn.recognition import unwrapped
+from batchnorm.probes.feeding import ForwardFn, check_batches
 from batchnorm.probes.health.finding import SEVERITIES, Diagnosis, Finding
 from batchnorm.probes.health.rule import Rule, selected
 from batchnorm.probes.health.subject import Subject
@@ -47,10 +49,12 @@ def diagnose(
 
     Raises:
         InputError: (ValueError) no such rule; no batch in ``batches``, or one batch in the place of several; a model
-            that is no ``nn.Module``; an optimizer that is none.
+            that is no ``nn.Module``, or a ScriptModule; an optimizer that is none.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(unwrapped(model)[0], torch.jit.ScriptModule):
+        raise InputError("expected a model in Python, got a ScriptModule: diagnose the model that it was made from")
     if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
         raise InputError(f"expected optimizer= to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     chosen = selected(select, ignore)
@@ -88,11 +92,7 @@ def _missing(candidate: Rule, subject: Subject) -> str:
 
 def _peeked(batches: Iterable[Any]) -> tuple[Iterable[Any], Any]:
     """The same batches, and the first of them."""
-    # To go through one of these is to take its rows, keys or letters for batches.
-    if isinstance(batches, Tensor | Mapping | str):
-        raise InputError(f"expected batches to iterate over, got one {type(batches).__name__}: give a list of batches")
-    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
-        raise InputError(f"expected batches to iterate over, got {type(batches).__name__}")
+    check_batches(batches)
     iterator = iter(batches)
     first = next(iterator, _NOTHING)
     if first is _NOTHING:
