@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from batchnorm.study.document import Spread
 
 Curve = Sequence[tuple[int, float]]
+# Movement is given for so many steps: the way travelled from look to look, not the distance at the end.
+PER = 100
 
 
 def steps_to(curve: Curve, threshold: float, consecutive: int = 2) -> int | None:

@@ -11,8 +11,6 @@ from batchnorm.study.document import Section
 from batchnorm.study.plan import Plan, Report, Run, run_id
 from batchnorm.study.records import Record, Records
 
-# Movement is given for so many steps: the way travelled over looks ``every`` steps apart, not the distance at the end.
-PER = 100
 COSTS = {"none": 0.0007, "batch": 0.0014, "noisy": 0.0016}
 
 
@@ -37,42 +35,15 @@ def execute(run: Run, report: Report) -> list[Record]:
     """Train one net on digits and look at its last hidden layer every few steps.
 
     Each look is at the validation part in eval mode; the noisy variant's noise is in force in it, as in training.
-    Records ``percentiles`` (the typical unit's, three numbers), and ``movement`` and ``movement_absolute`` since the
-    look before, per 100 steps.
     """
-    import torch
-
-    from batchnorm.probes import InputPercentiles, movement, typical_unit
-    from batchnorm.study import data, models
+    from batchnorm.study import data
     from batchnorm.study.execution import tensors, train_mlp
+    from batchnorm.study.looks import InputLooks
 
     split = data.digits(run.seed)
-    features, _ = tensors(split.validation)
-    every = run.params["every"]
-    looks = {}
-    lines: list[Record] = []
-
-    @torch.no_grad()
-    def look(step: int, model: torch.nn.Sequential) -> None:
-        if step % every:
-            return
-        model.eval()
-        models.shake(model, True)
-        with InputPercentiles(models.last_hidden_activation(model)) as probe:
-            model(features)
-        models.shake(model, False)
-        model.train()
-        looks[step] = probe.look
-        lines.append(run.record(step, "percentiles", [round(p, 6) for p in typical_unit(probe.look.percentiles)]))
-        before = looks.get(step - every)
-        if before is not None:
-            for metric, deviations in (("movement", before.deviations), ("movement_absolute", None)):
-                moved = movement(before.percentiles, probe.look.percentiles, deviations)
-                if moved < float("inf"):
-                    lines.append(run.record(step, metric, round(moved * PER / every, 6)))
-
-    trained, _ = train_mlp(run, split, report, look)
-    return [*lines, *trained]
+    looks = InputLooks(run, tensors(split.validation)[0], run.params["every"])
+    trained, _ = train_mlp(run, split, report, looks)
+    return [*looks.lines, *trained]
 
 
 def summarise(config: StudyConfig, records: Records) -> Section | None:

@@ -8,10 +8,9 @@ from statistics import median
 
 from batchnorm.study.config import StudyConfig
 from batchnorm.study.document import Cell, Figure, Section, Series, Spread, Table
-from batchnorm.study.measures import ratios, spread, steps_to
+from batchnorm.study.measures import PER, ratios, spread, steps_to
 from batchnorm.study.records import Records
 from batchnorm.study.sections import SECTIONS
-from batchnorm.study.sections.distribution import PER
 from batchnorm.study.wording import Role, listed, ranged, rounded, short, triple
 
 THRESHOLD = 0.9
