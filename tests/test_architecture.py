@@ -15,7 +15,7 @@ PACKAGE = Path(batchnorm.__file__).parent
 # The way of the data: a room may know those to its left. preprocessing and ops are siblings and don't know each other.
 ORDER = ("moments", "preprocessing", "ops", "nn", "probes", "surgery", "study", "report", "cli")
 SIBLINGS = {("ops", "preprocessing"), ("preprocessing", "ops")}
-PRIVATE = {"_checks", "_errors", "_library"}  # below all rooms
+PRIVATE = {"_checks", "_errors", "_gpu", "_gpu_probe", "_library"}  # below all rooms
 # A file that may import one module to its right, inside a function that a user calls.
 EXCEPTIONS = {
     "probes/watching/handle.py": ("report", "watch.to_html() draws the records that the watch holds"),

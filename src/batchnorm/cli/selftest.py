@@ -30,8 +30,8 @@ def selftest(as_json: bool) -> int:
     from batchnorm.ops import native
     from batchnorm.ops import selftest as checks
 
-    status = native.status()
     found = checks.run()
+    status = native.status()  # afterwards: whether a GPU's kernels compile is known once they have been wanted
     passed = all(check.passed for check in found)
     if as_json:
         rows = [{key: _plain(value) for key, value in dataclasses.asdict(check).items()} for check in found]
@@ -55,6 +55,8 @@ def _show(status: Any, found: Any) -> None:
     console = console_for(sys.stdout)
     why = f" ({status.reason})" if status.reason else f" ({status.library})" if status.library else ""
     console.print(Text.assemble("implementation: ", (status.active, "bold"), why), soft_wrap=True)
+    why = f" ({status.cuda_reason})" if status.cuda_reason else ""
+    console.print(Text.assemble("on GPUs: ", (status.cuda, "bold"), why), soft_wrap=True)
     table = simple_table(("op", "runs", "error", "torch's", "tolerance", ""), numeric=("error", "torch's", "tolerance"))
     for place, checks in itertools.groupby(found, key=_place):
         table.add_section()

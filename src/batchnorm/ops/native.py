@@ -1,13 +1,13 @@
-"""Answers which implementation runs on the CPU and, if it is not the fast one, why."""
+"""Answers which implementation runs on the CPU and on GPUs and, if it is not the fast one, why."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal, cast
 
 import torch
 
+from batchnorm import _gpu
 from batchnorm._errors import InputError
 from batchnorm._library import SWITCH, has_kernel, load
 from batchnorm.ops import registration as registration  # so that the operators can be asked for
@@ -18,27 +18,44 @@ __all__ = ["SWITCH", "Status", "kept_memory", "release_memory", "status"]
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """What runs on the CPU.
+    """What runs on the CPU, and what on GPUs.
 
     Attributes:
         active: "native" where the C++ library is loaded, otherwise "reference".
         reason: why it is not; empty where it is.
         library: the loaded file.
         operators: the operators that have a C++ kernel for the CPU; the others run the reference.
+        cuda: "triton" where the Triton kernels serve CUDA tensors (of float32, float16 and bfloat16), otherwise
+            "reference".
+        cuda_reason: why they do not; empty where they do.
+        cuda_operators: the operators that have one.
     """
 
     active: Literal["native", "reference"]
     reason: str
     library: str | None
     operators: tuple[str, ...]
+    cuda: Literal["triton", "reference"] = "reference"
+    cuda_reason: str = ""
+    cuda_operators: tuple[str, ...] = ()
 
 
-@functools.cache
 def status() -> Status:
-    """Load the library, once a process, and tell. Does not raise: without it everything works on the reference."""
-    library = load()
-    operators = tuple(name for name in SCHEMAS if has_kernel(name))
-    return Status("native" if library.path else "reference", library.reason, library.path, operators)
+    """Load the library, once a process, and tell. Does not raise: without it everything works on the reference.
+
+    Of GPUs it tells what is known without starting one: a kernel is compiled for the first tensor that needs it, and
+    should that fail, a warning says so and this says why from then on.
+    """
+    library, cuda_reason = load(), _gpu.why_not()
+    return Status(
+        "native" if library.path else "reference",
+        library.reason,
+        library.path,
+        tuple(name for name in SCHEMAS if has_kernel(name)),
+        "reference" if cuda_reason else "triton",
+        cuda_reason,
+        () if cuda_reason else tuple(SCHEMAS),
+    )
 
 
 def kept_memory() -> int:
@@ -49,7 +66,7 @@ def kept_memory() -> int:
     an eighth of the machine's, or ``BATCHNORM_KEEP_MEMORY`` bytes (0 keeps nothing). What has not been wanted for two
     seconds is offered to the system, which takes it when memory runs short.
     """
-    return cast(int, torch.ops.batchnorm._kept_memory()) if status().active == "native" else 0
+    return cast(int, torch.ops.batchnorm._kept_memory()) if load().path else 0
 
 
 def release_memory(keep_at_most: int | None = None) -> None:
@@ -60,5 +77,5 @@ def release_memory(keep_at_most: int | None = None) -> None:
     """
     if keep_at_most is not None and keep_at_most < 0:
         raise InputError(f"expected keep_at_most as a number of bytes, got {keep_at_most}")
-    if status().active == "native":
+    if load().path:
         torch.ops.batchnorm._release_memory(-1 if keep_at_most is None else keep_at_most)

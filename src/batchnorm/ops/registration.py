@@ -106,7 +106,7 @@ def _vmap_one_by_one(name: str) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "stats": reference.stats,
     "normalize": _normalize,
     "train_forward": _train_forward,
@@ -127,7 +127,7 @@ def _register() -> None:
     for name, signature in SCHEMAS.items():
         qualified = f"{NAMESPACE}::{name}"
         _library.define(name + signature, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, _IMPLEMENTATIONS[name], "CompositeExplicitAutograd")
+        _library.impl(name, IMPLEMENTATIONS[name], "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, FAKES[name], lib=_library)
         if name in GRADIENTS:
             setup_context, backward = GRADIENTS[name]

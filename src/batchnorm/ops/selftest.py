@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from batchnorm import _gpu
 from batchnorm.ops import native, reference
 from batchnorm.ops.formulas import FORMULAS
 
@@ -32,7 +33,7 @@ class Check:
     Attributes:
         op: the operator.
         device, dtype, memory_format: where and on what.
-        implementation: "native" or "reference".
+        implementation: "native", "triton" or "reference".
         error: largest difference from float64, relative to the largest exact value.
         peer_error: the same for torch's own batch norm; None where torch has no such function.
         tolerance: the error allowed.
@@ -110,18 +111,18 @@ def _try_all(data: _Data, device: str, dtype: str, memory_format: str, note: str
     peers = _torch_results(data)
     roundings = _roundings(data.x)
     checks = []
+    implementations = _implementations(data.x)
     for name, result in operators.items():
         error = _error(result, exact[name])
         peer = _error(peers[name], exact[name]) if name in peers else None
         tolerance = max(roundings, peer or 0.0)
-        kernel = name.split("+")[0].strip() in native.status().operators and device == "cpu"
         checks.append(
             Check(
                 op=name,
                 device=device,
                 dtype=dtype,
                 memory_format=memory_format,
-                implementation="native" if kernel else "reference",
+                implementation=implementations.get(name.split("+")[0].strip(), "reference"),
                 error=error,
                 peer_error=peer,
                 tolerance=tolerance,
@@ -130,6 +131,14 @@ def _try_all(data: _Data, device: str, dtype: str, memory_format: str, note: str
             )
         )
     return checks
+
+
+def _implementations(x: Tensor) -> dict[str, str]:
+    """What runs each operator, where it is not the reference; asked once it has run."""
+    status = native.status()
+    if x.device.type == "cuda" and x.dtype in _gpu.DTYPES:
+        return dict.fromkeys(status.cuda_operators, "triton")
+    return dict.fromkeys(status.operators, "native") if x.device.type == "cpu" else {}
 
 
 def _roundings(x: Tensor) -> float:
