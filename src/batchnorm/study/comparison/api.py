@@ -155,7 +155,8 @@ def compare(
         checkpoint_every=checkpoint_every,
     )
     job._loaded["data"] = opened
-    notes.append(job.builder.note())
+    with job.computing(seed):
+        notes.append(job.builder.note())
     config = CompareConfig(
         model=job.builder.label if not isinstance(source, Deferred) else source.label,
         data=data.label if isinstance(data, Deferred) else opened.label,

@@ -141,11 +141,11 @@ class Builder:
             raise InputError(f"expected {self.label} to make a new model each time, got the same one again")
         return model
 
-    def note(self, model: nn.Module | None = None) -> str:
+    def note(self) -> str:
         """How variants are made of this source, in a sentence."""
         if self.style == "argument":
             return f"{self.label} takes the normalization as an argument; each variant is its own call."
-        found = list(batch_norms(self._called() if model is None else model))
+        found = list(batch_norms(self.source if self.style == "given" else self._called()))
         how = (
             f"its {len(found)} batch norms are replaced by each variant's layer; without normalization their beta stays"
             if found

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from batchnorm._errors import InputError
@@ -121,7 +120,7 @@ def decide(target: Tensor, task: str | None, name: str) -> tuple[Tensor, str, in
         )
         task = "classification" if few and distinct is not None else "regression"
         if distinct is not None:
-            told = f"{name} holds {len(distinct)} distinct whole numbers"
+            told = f"{name} has {len(distinct)} different values, all whole numbers or names"
             why = f"{told}: {task}, by {'cross-entropy' if few else 'mean squared error'} (task= says otherwise)."
         else:
             why = f"{name} holds numbers that are not whole: regression, by mean squared error."
@@ -137,16 +136,15 @@ def decide(target: Tensor, task: str | None, name: str) -> tuple[Tensor, str, in
 
 def split(target: Tensor, classes: int, label: str, seed: int = 0) -> dict[str, Tensor]:
     """60% training, 20% validation, 20% test, stratified where every class is large enough."""
-    from sklearn.model_selection import train_test_split
-
-    places: NDArray[np.int64] = np.arange(len(target))
-    if len(places) < FEWEST_TEST / SHARES[2]:
-        raise too_few(len(places) // 5, label)
-    groups = target.numpy() if classes and int(torch.bincount(target).min()) >= _EACH else None
-    first, rest = train_test_split(places, train_size=SHARES[0], stratify=groups, random_state=seed)
-    rest_groups = None if groups is None else groups[rest]
-    second, third = train_test_split(rest, train_size=0.5, stratify=rest_groups, random_state=seed)
-    return {name: torch.as_tensor(np.sort(part)) for name, part in zip(PARTS, (first, second, third), strict=True)}
+    if len(target) < FEWEST_TEST / SHARES[2]:
+        raise too_few(len(target) // 5, label)
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    if classes and int(torch.bincount(target).min()) >= _EACH:
+        # By class, in chance order within each: then every fifth sample takes its share of each class along.
+        order = order[torch.argsort(target[order], stable=True)]
+    fifth = torch.arange(len(order)) % 5
+    chosen = (order[fifth < 3], order[fifth == 3], order[fifth == 4])
+    return {name: part.sort().values for name, part in zip(PARTS, chosen, strict=True)}
 
 
 def check_parts(parts: Mapping[str, Tensor], label: str) -> None:

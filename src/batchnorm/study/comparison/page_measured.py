@@ -93,9 +93,8 @@ def search_section(config: CompareConfig, found: Records) -> Section | None:
         if lines:
             lr = lines[0]["lr"]
             edges += [f"{name} ({lr:g})"] if lr in (config.lrs[0], config.lrs[-1]) else []
-        for rung in rungs:
-            for lr, item in sorted(planning.scores(config, found, name, rung).items()):
-                rows.append((name, rung + 1, lr, rounded(item)))
+        tried = [planning.scores(config, found, name, rung) for rung in rungs]
+        rows += [(name, lr, *(_cell(scored, lr) for scored in tried)) for lr in sorted(tried[0])]
     chosen = {
         name: lines[0]["lr"]
         for name in config.variants
@@ -123,7 +122,8 @@ def search_section(config: CompareConfig, found: Records) -> Section | None:
                    f"Validation {config.metric} after a quarter of a run by learning rate; chosen: {listed(told)}.",
                    log_x=True),
         ),
-        (Table("All that was tried", ("Variant", "Rung", "Rate", f"Validation {config.metric}"), tuple(rows)),),
+        (Table("All that was tried", ("Variant", "Rate", *(f"Rung {rung + 1}" for rung in rungs)), tuple(rows),
+               f"Validation {config.metric}, the mean of the rung's last three; empty where it was not tried."),),
     )  # fmt: skip
 
 
@@ -201,3 +201,9 @@ def _at_the_edge(config: CompareConfig, edges: list[str]) -> list[str]:
         return []
     told = f"At the edge of the rates that were tried: {listed(edges)}. A better one may lie outside"
     return [f"{told}: give lrs= with more of them."]
+
+
+def _cell(scored: dict[float, float | None], lr: float) -> Cell:
+    if lr in scored and scored[lr] is None:
+        return "diverged"
+    return rounded(scored.get(lr))

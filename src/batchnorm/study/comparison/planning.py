@@ -133,7 +133,9 @@ def complete(config: CompareConfig, records: Records) -> bool:
     return bool(wanted.runs) and not wanted.later and records.finished().issuperset(run.id for run in wanted.runs)
 
 
-def scores(config: CompareConfig, records: Records, variant: str, rung: int) -> dict[float, float | None]:
+def scores(
+    config: CompareConfig, records: Records, variant: str, rung: int, metric: str = "validation"
+) -> dict[float, float | None]:
     """By rate, what a rung of the search came to: the mean of its last validations; None where it diverged."""
     found: dict[float, float | None] = {}
     lines = records.where(section="search", variant=variant, rung=rung)
@@ -141,18 +143,21 @@ def scores(config: CompareConfig, records: Records, variant: str, rung: int) -> 
         own = lines.where(lr=lr)
         if not own.lines:
             continue
-        curve = [value for _, value in own.curve("validation")] if own.value("diverged") is None else []
+        curve = [value for _, value in own.curve(metric)] if own.value("diverged") is None else []
         last = curve[-_DECIDING:]
         found[lr] = None if not last else sum(last) / len(last)
     return found
 
 
 def ranked(config: CompareConfig, records: Records, variant: str, rung: int) -> list[float]:
-    """The rates of a rung, the best first; of equals the smaller one, which is further from diverging."""
+    """The rates of a rung, the best first; of equals that of the smaller validation loss, then the smaller one."""
     sign = 1 if config.higher else -1
+    losses = scores(config, records, variant, rung, "validation_loss")
 
-    def key(item: tuple[float, float | None]) -> tuple[float, float]:
-        return (math.inf if item[1] is None else -sign * item[1], item[0])
+    def key(item: tuple[float, float | None]) -> tuple[float, float, float]:
+        lr, score = item
+        loss = losses.get(lr)
+        return (math.inf if score is None else -sign * score, math.inf if loss is None else loss, lr)
 
     return [lr for lr, _ in sorted(scores(config, records, variant, rung).items(), key=key)]
 

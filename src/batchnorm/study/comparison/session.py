@@ -87,7 +87,8 @@ class Session:
             self.job.threads = Records(tuple(self.lines)).where(section="calibrate").value("threads", 0)
             self._plan()
             self.first = self._advance()
-            self._emit(events.StudyStarted, runs=len(self.known), workers=workers)
+            left = sum(run.cost for run in self.queue) + self.later
+            self._emit(events.StudyStarted, runs=len(self.known), workers=workers, expected=left / workers)
             if self.done - {ENVIRONMENT.id, _SESSION, costs.RUN}:
                 self._emit(events.StudyResumed, finished=self._finished(), dropped="")
             if self.queue:
@@ -195,7 +196,8 @@ class Session:
 
     def _put_in_order(self) -> None:
         """Write the records in the plan's order, which does not depend on which worker was the faster."""
-        order = {name: place for place, name in enumerate([ENVIRONMENT.id, costs.RUN, *self.known])}
+        wanted = planning.plan(self.config, Records(tuple(self.lines))).runs
+        order = {name: place for place, name in enumerate([ENVIRONMENT.id, costs.RUN, *(run.id for run in wanted)])}
         inner = sorted((line for line in self.lines if line["run"] in order), key=lambda line: order[line["run"]])
         sessions = [line for line in self.lines if line["run"] == _SESSION and line["metric"] == "seconds"]
         if sessions:

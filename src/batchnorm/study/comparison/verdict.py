@@ -155,8 +155,8 @@ def arrivals(config: CompareConfig, runs: Mapping[int, Records], mark: float | N
 
 
 def tests(runs: Mapping[int, Records]) -> dict[int, float | None]:
-    """By seed, the test value at the step of the best validation; None where the run diverged at once."""
-    return {seed: run.value("test") for seed, run in runs.items()}
+    """By seed, the test value at the step of the best validation; None where the run diverged, before or after it."""
+    return {seed: run.value("test") if run.value("diverged") is None else None for seed, run in runs.items()}
 
 
 def step_seconds(records: Records, variant: str) -> float | None:
