@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from batchnorm.study.config import StudyConfig
+from batchnorm.study.settings.batches import Batches
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
@@ -39,6 +40,7 @@ TINY = StudyConfig(
     distribution=Distribution(steps=160, every=40),
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
+    batches=Batches(sizes=(2, 60), steps=8, class_steps=6, momenta=(0.1, 0.01), looks=(4, 6)),
     initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
     convnet=Convnet(width=2, deep_width=2, deep_depth=2, lrs=(0.3,), deep_lrs=(0.1, 0.3), steps=6),
 )

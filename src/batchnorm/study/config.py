@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from batchnorm._errors import ConfigError
+from batchnorm.study.settings.batches import Batches
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
@@ -36,6 +37,7 @@ SECTION_NAMES = (
     "distribution",
     "preprocessing",
     "identity",
+    "batches",
     *OPT_IN,
 )
 DEFAULT_SECTIONS = tuple(name for name in SECTION_NAMES if name not in OPT_IN)
@@ -65,6 +67,7 @@ class StudyConfig:
     distribution: Distribution = field(default_factory=Distribution)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)
+    batches: Batches = field(default_factory=Batches)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.sections if name not in SECTION_NAMES]

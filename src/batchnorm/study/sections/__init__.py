@@ -21,6 +21,7 @@ SECTIONS: dict[str, str] = {
     "distribution": "What happens to the input of a typical unit?",
     "preprocessing": "What does preparing the raw data do?",
     "identity": "What are gamma and beta for?",
+    "batches": "What about small batches, and sorted ones?",
 }
 """The names of the sections and their titles, in the page's order."""
 
