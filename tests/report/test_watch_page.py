@@ -53,6 +53,7 @@ def test_all_layers_are_on_the_page(name: str) -> None:
 def test_what_stands_out_is_said() -> None:
     flat = " ".join(Page(render(run(3, 600, saturated=0.25, grad_norm=[3e-5, 4e-5]))).text.split())
     assert "looks30, from step 0 to 580" in flat
+    assert "numbers belowof the last look, step 580; movement of all" in flat
     assert "Largest mean gap: 0.013 running deviations, channel 1 of layer features.0.norm." in flat
     assert "Variance furthest off: 1.20 times the running one, in layer features.2.norm." in flat
     assert "Most dead units: 12.5% in layer features.0.norm." in flat

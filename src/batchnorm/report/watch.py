@@ -99,6 +99,8 @@ def _facts(records: Sequence[Record], layers: Sequence[Layer]) -> dict[str, str]
     if counts:
         ends = number(counts[0]) if len(counts) == 1 else f"{number(counts[0])} to {number(counts[-1])}"
         facts["values of a channel in a batch"] = ends
+    if len(steps) > 1:
+        facts["numbers below"] = f"of the last look, step {max(steps):,}; movement of all"
     return facts
 
 

@@ -135,7 +135,7 @@ def test_the_first_layer_that_makes_nan_is_named():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Broken(), nn.BatchNorm1d(4), nn.Linear(4, 2))
     (finding,) = found("BN309", model, normal(4))
     assert (finding.layer, finding.severity) == ("2", "error")
-    assert "the first Broken whose inputs are finite" in finding.message
+    assert "of finite inputs this Broken makes 256 of 256 outputs NaN or infinite, as the first on" in finding.message
     assert finding.numbers == {"batch": 0, "values": 256, "of": 256}
 
 

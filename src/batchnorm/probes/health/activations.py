@@ -232,7 +232,7 @@ def not_finite_activations(subject: Subject) -> Iterator[Sign]:
     )
     yield Sign(
         found.layer,
-        f"the first {found.kind} whose inputs are finite and {found.values} of {found.of} outputs NaN or infinite, on "
+        f"of finite inputs this {found.kind} makes {found.values} of {found.of} outputs NaN or infinite, as the first on "
         f"batch {found.batch}",
         remedy,
         numbers,
