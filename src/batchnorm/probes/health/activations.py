@@ -232,8 +232,8 @@ def not_finite_activations(subject: Subject) -> Iterator[Sign]:
     )
     yield Sign(
         found.layer,
-        f"of finite inputs this {found.kind} makes {found.values} of {found.of} outputs NaN or infinite, as the first on "
-        f"batch {found.batch}",
+        f"of finite inputs this {found.kind} makes {found.values} of {found.of} outputs NaN or infinite, as the first "
+        f"on batch {found.batch}",
         remedy,
         numbers,
     )
