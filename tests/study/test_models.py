@@ -28,6 +28,7 @@ def test_variants_with_one_seed_begin_with_the_same_weights(norm):
 def test_making_a_net_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     models.mlp(4, 2, seed=0, norm="noisy", noise=(1.0, 1.0))(torch.ones(3, 4))
+    models.mlp(4, 2, seed=0, norm="reprojected")
     models.convnet(1, 2, seed=0, norm="batch")
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -113,3 +114,32 @@ def test_normalizations_for_small_batches():
     by_hand = x.reshape(6, 4, 5)
     by_hand = (by_hand - by_hand.mean(2, keepdim=True)) / (by_hand.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(group(x), by_hand.reshape(6, 20))
+
+
+def test_normalizations_outside_the_gradient_and_by_whitening():
+    options = {"seed": 0, "layers": 1, "width": 20}
+    plain = models.mlp(4, 2, norm="outside", refresh=3, **options)[1]
+    white = models.mlp(4, 2, norm="outside-whitening", group_size=5, **options)[1]
+    assert isinstance(plain, batchnorm.nn.NormOutsideGradient)
+    assert (plain.kind, plain.every) == ("mean-variance", 3)
+    assert (white.kind, white.every, white.group_size) == ("whitening", 1, 5)
+    for norm, kind in (
+        ("iternorm", batchnorm.nn.IterNorm),
+        ("decorrelated", batchnorm.nn.DecorrelatedBatchNorm),
+    ):
+        layer = models.mlp(4, 2, norm=norm, group_size=4, **options)[1]
+        assert isinstance(layer, kind)
+        assert layer.group_size == 4
+
+
+def test_a_net_that_is_reprojected_computes_what_the_plain_one_does():
+    plain = models.mlp(4, 2, seed=3, layers=2, width=20)
+    model = models.mlp(4, 2, seed=3, layers=2, width=20, norm="reprojected", damping=0.25)
+    layers = [part for part in model if isinstance(part, batchnorm.nn.WhitenedLinear)]
+    assert [layer.eps for layer in layers] == [0.25] * 3
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(x), plain(x))
+    for layer in layers:
+        layer.reproject()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(layers[0].weight, plain[0].weight)

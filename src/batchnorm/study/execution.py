@@ -17,6 +17,11 @@ from batchnorm.study.records import Record
 
 # One entry a loss curve needs for every so many of the accuracy's.
 _LOSS_EVERY = 5
+MODEL = (
+    *("norm", "layers", "width", "activation", "gain", "std"),
+    *("noise", "momentum", "ghost", "groups", "group_size", "refresh", "damping"),
+)
+"""The params of a run that say what its net is."""
 
 
 @contextmanager
@@ -41,15 +46,12 @@ def train_mlp(
 ) -> tuple[list[Record], torch.nn.Sequential]:
     """Train the net that ``run.params`` describe and record its accuracy on one part of the split.
 
-    Of the params, ``norm``, ``layers``, ``width``, ``activation``, ``gain``, ``std``, ``noise``, ``momentum``,
-    ``ghost`` and ``groups`` go to :func:`models.mlp`; ``judge`` is the part looked at ("test" by default); the others
-    as in :func:`train_net`.
+    Of the params, those in :data:`MODEL` go to :func:`models.mlp`; ``judge`` is the part looked at ("test" by default);
+    the others as in :func:`train_net`.
     """
     wanted = run.params
-    names = ("norm", "layers", "width", "activation", "gain", "std", "noise", "momentum", "ghost", "groups")
-    model = models.mlp(
-        split.features, split.classes, seed=run.seed, **{name: wanted[name] for name in names if name in wanted}
-    )
+    options = {name: wanted[name] for name in MODEL if name in wanted}
+    model = models.mlp(split.features, split.classes, seed=run.seed, **options)
     judged = tensors(getattr(split, wanted.get("judge", "test")))
     return train_net(run, model, tensors(split.train), judged, report, look), model
 

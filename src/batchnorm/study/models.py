@@ -12,9 +12,31 @@ import torch
 from torch import Tensor, nn
 
 # The one line through which the study meets the layer that it studies.
-from batchnorm.nn import BatchNorm1d, BatchNorm2d, BatchRenorm1d, GhostBatchNorm1d
+from batchnorm.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchRenorm1d,
+    DecorrelatedBatchNorm,
+    GhostBatchNorm1d,
+    IterNorm,
+    NormOutsideGradient,
+    WhitenedLinear,
+)
 
-Norm = Literal["none", "batch", "batch-plain", "noisy", "renorm", "ghost", "group"]
+Norm = Literal[
+    "none",
+    "batch",
+    "batch-plain",
+    "noisy",
+    "renorm",
+    "ghost",
+    "group",
+    "outside",
+    "outside-whitening",
+    "reprojected",
+    "iternorm",
+    "decorrelated",
+]
 Activation = Literal["sigmoid", "relu"]
 NORMS = (BatchNorm1d, BatchNorm2d)
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU}
@@ -46,6 +68,22 @@ class NoisyBatchNorm1d(nn.Module):
         return y * (1.0 + self.scale * a) + self.shift * b
 
 
+class Binary(nn.Module):
+    """Pixels of 0 to 255 to 0.0 or 1.0: on from the middle up. The paper's MNIST net takes "a 28x28 binary image"."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Threshold any shape of unsigned bytes."""
+        return (x >= 128).float()
+
+
+class Pixels(nn.Module):
+    """Pixels of 0 to 255 to floats of 0 to 1: images stay bytes until their batch comes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale any shape of unsigned bytes."""
+        return x.float() / 255.0
+
+
 def mlp(
     inputs: int,
     outputs: int,
@@ -61,6 +99,9 @@ def mlp(
     momentum: float = 0.1,
     ghost: int = 15,
     groups: int = 10,
+    group_size: int = 20,
+    refresh: int = 1,
+    damping: float = 1e-5,
 ) -> nn.Sequential:
     """A multilayer perceptron ``(N, inputs) -> (N, outputs)``: ``layers`` times linear, normalization, activation.
 
@@ -70,11 +111,16 @@ def mlp(
 
     Args:
         norm: "none"; "batch"; "batch-plain", without gamma and beta; "noisy", see :class:`NoisyBatchNorm1d`; "renorm",
-            "ghost" and "group", batch renormalization, ghost batches and group norm.
+            "ghost" and "group", batch renormalization, ghost batches and group norm; "outside" and "outside-whitening",
+            statistics that count as constants; "reprojected", every linear layer one whose input is whitened without
+            changing what it computes; "iternorm" and "decorrelated", whitening with gradients through it.
         noise: the shift and scale of the noisy variant.
         momentum: the weight of the new value in the running averages of "batch", "renorm" and "ghost".
         ghost: the samples in a ghost batch.
         groups: of group norm, which divide ``width``.
+        group_size: the units that are whitened together, which divides ``width``.
+        refresh: "outside" and "outside-whitening" take statistics from every so many batches.
+        damping: what "reprojected" adds to each variance, so that no step gets more than 1 / damping as long.
     """
     generator = torch.Generator().manual_seed(seed)
     shaking = torch.Generator().manual_seed(seed + 1_000_003)
@@ -89,11 +135,24 @@ def mlp(
             parts.append(GhostBatchNorm1d(width, momentum=momentum, virtual_batch_size=ghost))
         elif norm == "group":
             parts.append(nn.GroupNorm(groups, width))
-        elif norm != "none":
+        elif norm == "outside":
+            parts.append(NormOutsideGradient(width, "mean-variance", refresh))
+        elif norm == "outside-whitening":
+            parts.append(NormOutsideGradient(width, "whitening", refresh, group_size))
+        elif norm == "iternorm":
+            parts.append(IterNorm(width, group_size))
+        elif norm == "decorrelated":
+            parts.append(DecorrelatedBatchNorm(width, group_size))
+        elif norm not in ("none", "reprojected"):
             parts.append(BatchNorm1d(width, momentum=momentum, affine=norm == "batch"))
         parts.append(_ACTIVATIONS[activation]())
         inputs = width
-    return nn.Sequential(*parts, _linear(inputs, outputs, activation, gain, generator, std))
+    parts.append(_linear(inputs, outputs, activation, gain, generator, std))
+    if norm == "reprojected":
+        # It is first made with weights of its own, from the process's random state.
+        with torch.random.fork_rng(devices=[]):
+            parts = [WhitenedLinear.from_linear(p, eps=damping) if isinstance(p, nn.Linear) else p for p in parts]
+    return nn.Sequential(*parts)
 
 
 def convnet(
