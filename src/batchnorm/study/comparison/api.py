@@ -178,7 +178,7 @@ def compare(
         workers=workers,
         threads=job.threads,
         samples=opened.samples(),
-        fingerprint=_fingerprint(opened, job, seed),
+        fingerprint=fingerprint(opened, job, seed),
         notes=tuple(notes),
         command=command or "bn.compare(...)",
     )
@@ -210,7 +210,10 @@ def run(
 
             pool = TunePool(ray, job)
         state = session.Session(folder, config, found, job, on_event)
-        state.go(workers, pool)
+        try:
+            state.go(workers, pool)
+        finally:
+            job.data.restore()
         comparison = Comparison.load(folder.path)
         folder.write_summary(comparison.summary)
     return comparison
@@ -295,11 +298,11 @@ def _threads(workers: int) -> int:
     return max(1, cores // workers)
 
 
-def _fingerprint(data: Data, job: Job, seed: int) -> str:
+def fingerprint(data: Data, job: Job, seed: int) -> str:
     """Of the data and of the initial weights of the reference."""
     digest = hashlib.sha256(data.fingerprint().encode())
     with job.computing(seed):
-        model = job.builder.build(job.variants[0], seed)
+        model, _ = job.build(job.variants[0].name, seed)
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(str(tuple(tensor.shape)).encode())

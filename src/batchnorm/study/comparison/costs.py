@@ -114,19 +114,17 @@ def check(job: Job, seed: int) -> None:
         model.train()
         there = batch.to(torch.device(job.device))
         try:
-            output = job.output(model, there)
-            job.objective.check(output, there.target)
-            loss = job.objective.of(output, there.target)
+            loss = job.first_loss(model, there)
         except BatchnormError:
             raise
         except Exception as error:
             raise InputError(
-                f"{job.builder.label} with {variant.name} does not run on a batch of {_shapes(batch)}: "
+                f"{job.label} with {variant.name} does not run on a batch of {_shapes(batch)}: "
                 f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             ) from error
         if not math.isfinite(float(loss.detach())):
             raise InputError(
-                f"expected a finite loss before the first step, got {float(loss.detach())} of {job.builder.label} with "
+                f"expected a finite loss before the first step, got {float(loss.detach())} of {job.label} with "
                 f"{variant.name} on finite inputs: look at its initial weights and the scale of the inputs"
             )
 

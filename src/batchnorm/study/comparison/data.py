@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,9 @@ class Data:
     def samples(self) -> tuple[int, ...]:
         """Samples of the three parts."""
         raise NotImplementedError
+
+    def restore(self) -> None:
+        """Leave no trace in what belongs to the user."""
 
     def fingerprint(self) -> str:
         """Of the values: the first batch of each part."""
@@ -162,19 +165,18 @@ class LoaderData(Data):
             if isinstance(loader, Iterator):
                 raise InputError(f"expected a {name} loader that can be gone through again, got an iterator")
         self.loaders, self.label = tuple(loaders), label
-        found, self.small = self._checked()
-        self.notes = tuple(found)
+        self._generators = [(held, held.get_state()) for loader in loaders for held in _generators(loader)]
+        self.notes = tuple(self._checked())
 
-    def _checked(self) -> tuple[list[str], bool]:
+    def _checked(self) -> list[str]:
         notes = []
-        train = [len(split_batch(raw)) for _, raw in zip(range(3), self._epoch(0, 0, 0), strict=False)]
+        train = [len(self.batch(raw)) for _, raw in zip(range(3), self._epoch(0, 0, 0), strict=False)]
         usable = sum(size > 1 for size in train)
         if usable < 2:
             raise InputError(
                 f"expected a training loader of two batches or more, of two samples or more each, got {len(train)} "
                 f"of {train[0] if train else 0}: give it a smaller batch_size and shuffle=True"
             )
-        size = _length(self.loaders[0])
         sampler = getattr(self.loaders[0], "sampler", None)
         if isinstance(sampler, torch.utils.data.SequentialSampler):
             notes.append("The training loader does not shuffle: seeds differ in their initial weights alone.")
@@ -184,14 +186,18 @@ class LoaderData(Data):
             if next(iter(self.part(name)), None) is None:
                 more = "give a third loader, or the last a smaller batch_size" if len(self.loaders) == 2 else "fill it"
                 raise InputError(f"expected at least one batch of {name} data, got none: {more}")
-        return notes, size == 0
+        return notes
+
+    def batch(self, raw: Any) -> Batch:
+        """A loader's batch as the comparison's."""
+        return split_batch(raw)
 
     def stream(self, seed: int, skip: int = 0) -> Iterator[Batch]:
         """Batches of a single sample are left out: no variance is in them."""
         epoch = 0
         while True:
             for raw in self._epoch(0, seed, epoch):
-                batch = split_batch(raw)
+                batch = self.batch(raw)
                 if len(batch) < 2:
                     continue
                 if skip:
@@ -205,21 +211,24 @@ class LoaderData(Data):
         place = min(PARTS.index(name), len(self.loaders) - 1)
         for number, raw in enumerate(self._epoch(place, 0, 0)):
             if len(self.loaders) == 3 or (number % 2 == 0) == (name == "validation"):
-                yield split_batch(raw)
+                yield self.batch(raw)
 
     def samples(self) -> tuple[int, ...]:
         """Counted, but for the training part, where it is the loader's own word (0: it has none)."""
         counted = [sum(len(batch) for batch in self.part(name)) for name in PARTS[1:]]
         return (_length(self.loaders[0]), *counted)
 
+    def restore(self) -> None:
+        """The loaders' own generators go on from where they were."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+
     def _epoch(self, place: int, seed: int, epoch: int) -> Iterator[Any]:
         loader = self.loaders[place]
         own = _Randomness(1_000_003 * (seed + 1) + epoch)
+        for generator in _generators(loader):
+            generator.manual_seed(1_000_003 * (seed + 1) + epoch)
         sampler: Any = getattr(loader, "sampler", None)
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        for holder in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-            if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
-                generator.manual_seed(1_000_003 * (seed + 1) + epoch)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         with own:
@@ -275,9 +284,11 @@ def undisturbed_randomness() -> Iterator[None]:
         yield
 
 
-def first_batch(data: Data) -> Batch:
-    """The first training batch of the first seed."""
-    return next(data.stream(0))
+def _generators(loader: Any) -> list[torch.Generator]:
+    batches = getattr(loader, "batch_sampler", None)
+    holders = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
 
 
 def _length(loader: Any) -> int:
@@ -286,6 +297,3 @@ def _length(loader: Any) -> int:
             if owner is not None:
                 return len(owner)
     return 0
-
-
-Opener = Callable[[], Data]

@@ -68,6 +68,11 @@ class Job:
 
         return self._once("builder", made)
 
+    @property
+    def label(self) -> str:
+        """What the model is called."""
+        return self.builder.label
+
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self._loaded:
             self._loaded[name] = make()
@@ -112,6 +117,16 @@ class Job:
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """The loss of a training batch, on the device already."""
         return self.objective.of(self.output(model, batch), batch.target)
+
+    def first_loss(self, model: Any, batch: Batch) -> Tensor:
+        """The loss of a model that nothing is known of.
+
+        Raises:
+            InputError: its output does not fit the target.
+        """
+        output = self.output(model, batch)
+        self.objective.check(output, batch.target)
+        return self.objective.of(output, batch.target)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, part: str) -> dict[str, float]:
