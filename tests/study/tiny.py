@@ -7,6 +7,7 @@ from batchnorm.study.settings.batches import Batches
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
+from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
@@ -41,6 +42,7 @@ TINY = StudyConfig(
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
     batches=Batches(sizes=(2, 60), steps=8, class_steps=6, momenta=(0.1, 0.01), looks=(4, 6)),
+    domains=Domains(steps=6, draws=1),
     initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
     convnet=Convnet(width=2, deep_width=2, deep_depth=2, lrs=(0.3,), deep_lrs=(0.1, 0.3), steps=6),
 )

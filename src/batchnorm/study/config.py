@@ -21,6 +21,7 @@ from batchnorm.study.settings.batches import Batches
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
+from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
@@ -38,6 +39,7 @@ SECTION_NAMES = (
     "preprocessing",
     "identity",
     "batches",
+    "domains",
     *OPT_IN,
 )
 DEFAULT_SECTIONS = tuple(name for name in SECTION_NAMES if name not in OPT_IN)
@@ -68,6 +70,7 @@ class StudyConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)
     batches: Batches = field(default_factory=Batches)
+    domains: Domains = field(default_factory=Domains)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.sections if name not in SECTION_NAMES]

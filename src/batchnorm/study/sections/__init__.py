@@ -22,6 +22,7 @@ SECTIONS: dict[str, str] = {
     "preprocessing": "What does preparing the raw data do?",
     "identity": "What are gamma and beta for?",
     "batches": "What about small batches, and sorted ones?",
+    "domains": "And when the test data are of another kind?",
 }
 """The names of the sections and their titles, in the page's order."""
 
