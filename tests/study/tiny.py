@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from batchnorm.study.config import StudyConfig
 from batchnorm.study.settings.batches import Batches
+from batchnorm.study.settings.cifar10 import Cifar10
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
@@ -11,6 +12,7 @@ from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
+from batchnorm.study.settings.mnist import Mnist
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 TINY = StudyConfig(
@@ -45,4 +47,6 @@ TINY = StudyConfig(
     domains=Domains(steps=6, draws=1),
     initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
     convnet=Convnet(width=2, deep_width=2, deep_depth=2, lrs=(0.3,), deep_lrs=(0.1, 0.3), steps=6),
+    mnist=Mnist(seeds=1, steps=6),
+    cifar10=Cifar10(seeds=1, width=2, depth=1, lrs=(0.1, 0.3), steps=6),
 )

@@ -59,7 +59,10 @@ class Watcher:
             dropped = f" ({event.dropped})" if event.dropped else ""
             self._line(f"going on: {event.finished} runs were finished before{dropped}")
         elif isinstance(event, events.StudyStarted):
-            self._line(f"{self.what} in {self.folder}: {event.runs} runs or more, {event.workers} side by side")
+            many = f"{event.runs} runs or more, {event.workers} side by side"
+            self._line(f"{self.what} in {self.folder}: {many}{expected(event)}")
+        elif isinstance(event, events.Noted):
+            self._line(f"note: {event.text}")
         elif isinstance(event, events.StudyFinished):
             self._line(f"100%  all {event.runs} runs finished in {duration(event.seconds)}")
         elif isinstance(event, events.RunFinished):
@@ -112,8 +115,8 @@ class Screen(Watcher):
         if isinstance(event, events.StudyStarted):
             self.runs, self.workers = event.runs, event.workers
             what = f"{self.what.capitalize()} in "
-            self.console.print(Text.assemble(what, (str(self.folder), "bold")), soft_wrap=True)
-        elif isinstance(event, events.StudyResumed):
+            self.console.print(Text.assemble(what, (str(self.folder), "bold"), expected(event)), soft_wrap=True)
+        elif isinstance(event, events.StudyResumed | events.Noted):
             super().on_event(event)
         elif isinstance(event, events.RunStarted | events.RunProgress):
             self.under_way[event.run] = event
@@ -159,6 +162,11 @@ class Screen(Watcher):
                 Text("" if accuracy is None else f"{self.measure} {accuracy:.3f}", "bold"),
             )
         return Group(whole, runs)
+
+
+def expected(event: events.StudyStarted) -> str:
+    """``, roughly 25 min 00 s``, where it takes so long that one would rather know before; else empty."""
+    return f", roughly {duration(60 * round(event.expected / 60))}" if event.expected >= 90 else ""
 
 
 def time_left(event: events.Event) -> str:

@@ -33,6 +33,19 @@ def _names(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
     return names
 
 
+class _Sections(click.Option):
+    """``--sections``, whose help names them all; they are looked up when the help is asked for."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help."""
+        from batchnorm.study.config import DEFAULT_SECTIONS, OPT_IN
+
+        self.help = (
+            f"Some of {', '.join(DEFAULT_SECTIONS)}; {' and '.join(OPT_IN)} need --data-dir.  [default: the former]"
+        )
+        return super().get_help_record(ctx)
+
+
 def _complete_names(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Complete the last of the names."""
     from batchnorm.study.config import SECTION_NAMES
@@ -49,6 +62,7 @@ Examples:
   batchnorm study --quick --out /tmp/look            a first look
   batchnorm study --sections headline,deep --seeds 10
   batchnorm study --resume --out runs/2026-01-31_12-00-00
+  batchnorm study --full --sections mnist --data-dir ~/data/mnist --download
   batchnorm study --quick --json | jq .speedup_90.ratio.median
 
 The folder then holds config.toml, records.jsonl, summary.json and report.html.""",
@@ -69,8 +83,15 @@ The folder then holds config.toml, records.jsonl, summary.json and report.html."
     metavar="A,B,...",
     callback=_names,
     shell_complete=_complete_names,
-    help="Only these sections of the study (completion lists them).",
+    cls=_Sections,
 )
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="The folder with the files of MNIST or CIFAR-10, as they are published.",
+)
+@click.option("--download", is_flag=True, help="Fetch into --data-dir what is missing there.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The run's folder.  [default: runs/<now>]")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted study in --out; finished runs are kept.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Runs side by side.  [default: one per core]")
@@ -82,6 +103,8 @@ def study(
     seeds: int | None,
     seed: int | None,
     sections: tuple[str, ...] | None,
+    data_dir: Path | None,
+    download: bool,
     out: Path | None,
     resume: bool,
     workers: int | None,
@@ -96,22 +119,35 @@ def study(
     _require_page_makers()
     from batchnorm.report.page import saved_command
 
-    asked = (
-        preset != "default" or config_file is not None or seeds is not None or seed is not None or sections is not None
-    )
+    if download and data_dir is None and config_file is None and not resume:
+        raise click.UsageError("--download needs --data-dir DIR, the folder to fetch into")
+    choices = (config_file, seeds, seed, sections, data_dir)
+    asked = preset != "default" or any(choice is not None for choice in choices)
     # A study that goes on keeps its own configuration, unless it was told one, which then has to be the same.
     config = (
-        _config(preset, config_file).with_options(seed=seed, seeds=seeds, sections=sections)
+        _config(preset, config_file).with_options(
+            seed=seed,
+            seeds=seeds,
+            sections=sections,
+            # Absolute: the study may be gone on with from elsewhere.
+            data_dir=None if data_dir is None else str(data_dir.expanduser().absolute()),
+        )
         if asked or not resume
         else None
     )
     folder = out or _fresh_folder()
-    command = _command(preset, config_file, seeds, seed, sections) if config else saved_command(folder)
-    return _run(config, folder, resume, workers, as_json, command)
+    command = _command(preset, config_file, seeds, seed, sections, data_dir) if config else saved_command(folder)
+    return _run(config, folder, resume, workers, download, as_json, command)
 
 
 def _run(
-    config: StudyConfig | None, folder: Path, resume: bool, workers: int | None, as_json: bool, command: str
+    config: StudyConfig | None,
+    folder: Path,
+    resume: bool,
+    workers: int | None,
+    download: bool,
+    as_json: bool,
+    command: str,
 ) -> int:
     from batchnorm import report
     from batchnorm.cli.progress import watcher
@@ -123,7 +159,13 @@ def _run(
     try:
         with watch:
             summary = run_study(
-                config, folder, resume=resume, workers=workers, on_event=watch.on_event, command=command
+                config,
+                folder,
+                resume=resume,
+                workers=workers,
+                download=download,
+                on_event=watch.on_event,
+                command=command,
             )
         page = report.build(summary, folder / PAGE)
     except KeyboardInterrupt:
@@ -157,7 +199,12 @@ def _config(preset: str, config_file: Path | None) -> StudyConfig:
 
 
 def _command(
-    preset: str, config_file: Path | None, seeds: int | None, seed: int | None, sections: tuple[str, ...] | None
+    preset: str,
+    config_file: Path | None,
+    seeds: int | None,
+    seed: int | None,
+    sections: tuple[str, ...] | None,
+    data_dir: Path | None,
 ) -> str:
     """The command that gives the same records: where they go and how many workers do it makes no difference."""
     words = ["batchnorm", "study"]
@@ -166,6 +213,7 @@ def _command(
     words += ["--seeds", str(seeds)] if seeds is not None else []
     words += ["--seed", str(seed)] if seed is not None else []
     words += ["--sections", ",".join(sections)] if sections is not None else []
+    words += ["--data-dir", str(data_dir)] if data_dir is not None else []
     return shlex.join(words)
 
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from batchnorm._errors import ConfigError
 from batchnorm.study.settings.batches import Batches
+from batchnorm.study.settings.cifar10 import Cifar10
 from batchnorm.study.settings.convnet import Convnet
 from batchnorm.study.settings.deep import Deep
 from batchnorm.study.settings.distribution import Distribution
@@ -25,10 +26,11 @@ from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
+from batchnorm.study.settings.mnist import Mnist
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 # Sections on data that do not ship with scikit-learn, which run only where they are asked for by name.
-OPT_IN: tuple[str, ...] = ()
+OPT_IN = ("mnist", "cifar10")
 # The page's order.
 SECTION_NAMES = (
     "headline",
@@ -71,6 +73,8 @@ class StudyConfig:
     identity: Identity = field(default_factory=Identity)
     batches: Batches = field(default_factory=Batches)
     domains: Domains = field(default_factory=Domains)
+    mnist: Mnist = field(default_factory=Mnist)
+    cifar10: Cifar10 = field(default_factory=Cifar10)
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.sections if name not in SECTION_NAMES]
@@ -86,9 +90,14 @@ class StudyConfig:
         object.__setattr__(self, "sections", ordered)
 
     def with_options(
-        self, *, seed: int | None = None, seeds: int | None = None, sections: tuple[str, ...] | None = None
+        self,
+        *,
+        seed: int | None = None,
+        seeds: int | None = None,
+        sections: tuple[str, ...] | None = None,
+        data_dir: str | None = None,
     ) -> StudyConfig:
-        """The same study with another base seed, number of seeds (everywhere) or choice of sections.
+        """The same study with another base seed, number of seeds (everywhere), choice of sections or folder of data.
 
         Raises:
             ConfigError: an unknown section, or a number out of range.
@@ -98,6 +107,8 @@ class StudyConfig:
             config = dataclasses.replace(config, seed=seed)
         if seeds is not None:
             config = dataclasses.replace(config, seeds=seeds, **_with_seeds(config, seeds))
+        if data_dir is not None:
+            config = dataclasses.replace(config, data_dir=data_dir)
         if sections is not None:
             config = dataclasses.replace(config, sections=tuple(sections))
         return config

@@ -20,10 +20,25 @@ class Event:
 
 @dataclass(frozen=True)
 class StudyStarted(Event):
-    """Once, first: ``runs`` are known to be needed (more may follow from their results), over ``workers`` processes."""
+    """Once, first: ``runs`` are known to be needed (more may follow from their results), over ``workers`` processes.
+
+    ``expected`` is a first guess of the seconds that this session will take, made before anything was measured; 0 where
+    none is made.
+    """
 
     runs: int
     workers: int
+    expected: float = 0.0
+
+
+@dataclass(frozen=True)
+class Noted(Event):
+    """Something that whoever runs the study should know: ``text`` is one line.
+
+    May come before :class:`StudyStarted`.
+    """
+
+    text: str
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from batchnorm._errors import ConfigError, OutputError, RecordsError
 from batchnorm.study import records
@@ -14,6 +17,11 @@ from batchnorm.study.config import StudyConfig, differences
 from batchnorm.study.document import Summary
 from batchnorm.study.plan import Run
 from batchnorm.study.records import Record, Records
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there, two studies in one folder are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 ENVIRONMENT = Run("environment", "environment", "environment", 0, 0, 0.0)
 
@@ -39,6 +47,74 @@ class RunFolder:
         """The document made from the records."""
         return self.path / "summary.json"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other studies out of the folder for the block; the folder is made where it is missing.
+
+        The lock is the operating system's and ends with the process, however that ends: the file ``.lock`` that a
+        killed study leaves behind holds nobody up. What such a study left half written is cleared away.
+
+        Raises:
+            RecordsError: a study is running in the folder.
+            OutputError: the folder cannot be made or written.
+        """
+        made = not self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        lock = self._take_lock()
+        try:
+            for name in (self.config_file.name, self.records_file.name, self.summary_file.name):
+                for rest in self.path.glob(f".{name}.*.part"):
+                    rest.unlink(missing_ok=True)
+            yield
+        finally:
+            # While it is still held: who opened the file meanwhile sees that it is gone and makes a new one.
+            self._lock_file.unlink(missing_ok=True)
+            lock.close()
+            if made:
+                with contextlib.suppress(OSError):  # it holds something, as it should
+                    self.path.rmdir()
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def _take_lock(self) -> IO[str]:
+        while True:
+            try:
+                lock = self._lock_file.open("a+")
+            except OSError as error:
+                if self.path.is_dir():
+                    raise OutputError(
+                        f"cannot write into {self.path}: {(error.strerror or str(error)).lower()}"
+                    ) from error
+                raise self._unusable(error) from error
+            try:
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                holder = lock.read().strip()
+                lock.close()
+                who = f" (process {holder})" if holder else ""
+                raise RecordsError(
+                    f"a study is running in {self.path}{who}: wait for its end, or choose another folder"
+                ) from None
+            except OSError:
+                return lock  # a file system that knows no locks
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(lock.fileno()), self._lock_file.stat()):
+                    lock.truncate(0)
+                    lock.write(str(os.getpid()))
+                    lock.flush()
+                    return lock
+            lock.close()  # it was let go and removed between our opening and locking it
+
+    def _unusable(self, error: OSError) -> OutputError:
+        return OutputError(f"cannot use {self.path} as the study's folder: {error.strerror or error}")
+
     def start(self, config: StudyConfig) -> Records:
         """Begin a study: make the folder and write its configuration and environment.
 
@@ -48,9 +124,9 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            occupied = sorted(item.name for item in self.path.iterdir())
+            occupied = sorted(item.name for item in self.path.iterdir() if item != self._lock_file)
         except OSError as error:
-            raise OutputError(f"cannot use {self.path} as the study's folder: {error.strerror or error}") from error
+            raise self._unusable(error) from error
         if occupied:
             what = "a study" if self.config_file.name in occupied else f"other files ({occupied[0]})"
             raise RecordsError(f"{self.path} already holds {what}: resume it, or choose another folder")

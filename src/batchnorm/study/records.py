@@ -90,10 +90,16 @@ def append(path: Path, block: Sequence[Record]) -> None:
     """
     data = _encode(block)
     try:
-        with path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while data:
+                    data = data[file.write(data) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                # A full disk, or an interrupt between two writes: no torn line may be left for another to be put after.
+                file.truncate(before)
+                raise
     except OSError as error:
         raise OutputError(f"cannot write the records {path}: {error.strerror or error}") from error
 

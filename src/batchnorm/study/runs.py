@@ -10,7 +10,7 @@ from pathlib import Path
 
 from batchnorm._errors import ConfigError
 from batchnorm.study import events, records, sections
-from batchnorm.study.config import PRESETS, StudyConfig
+from batchnorm.study.config import OPT_IN, PRESETS, StudyConfig
 from batchnorm.study.document import Summary
 from batchnorm.study.folder import ENVIRONMENT, RunFolder
 from batchnorm.study.plan import Run
@@ -29,6 +29,7 @@ def run_study(
     *,
     resume: bool = False,
     workers: int | None = None,
+    download: bool = False,
     on_event: OnEvent | None = None,
     command: str = "",
 ) -> Summary:
@@ -39,28 +40,43 @@ def run_study(
         out: the folder; made if it is missing. It must be empty unless ``resume`` is true.
         resume: go on with a study that was interrupted; a folder without one is started.
         workers: processes side by side; default one per core. 1 runs in this process.
+        download: fetch the data that a section in ``config.OPT_IN`` needs into ``config.data_dir``, where they are
+            missing.
         on_event: called with each :class:`batchnorm.study.events.Event`, in this thread.
         command: the command line to show in the document.
 
     Raises:
         ConfigError: the configuration makes no sense, or differs from the one to be resumed.
         RecordsError: the folder holds something already, or damaged records.
+        InputError: the data of a section in ``config.OPT_IN`` are missing, or are not what their format says.
         OutputError: the folder cannot be written.
         RunFailedError: a run failed. As with KeyboardInterrupt, finished runs are kept and ``resume`` goes on.
     """
     folder = RunFolder(Path(out))
     if workers is not None and workers < 1:
         raise ConfigError(f"expected at least 1 worker, got {workers}")
-    going_on = resume and folder.started()
-    if going_on:
-        config, found = folder.resume(config)
-    else:
-        config = config or PRESETS["default"]
-        found = folder.start(config)
-    study = _Study(folder, config, list(found), on_event or _silent)
-    study.go(workers or available_cores(), found if going_on else None)
-    summary = summarise(folder.path, command=command)
-    folder.write_summary(summary)
+    on_event = on_event or _silent
+
+    def tell(text: str) -> None:
+        on_event(events.Noted(fraction=0.0, seconds_left=None, seconds=0.0, text=text))
+
+    with folder.locked():
+        going_on = resume and folder.started()
+        if going_on:
+            config, found = folder.resume(config)
+        else:
+            config = config or PRESETS["default"]
+        # Before anything is begun: a file that is missing should not be found out after an hour.
+        if wanted := [name for name in config.sections if name in OPT_IN]:
+            from batchnorm.study import datasets
+
+            datasets.prepare(wanted, config.data_dir, download, tell)
+        if not going_on:
+            found = folder.start(config)
+        study = _Study(folder, config, list(found), on_event)
+        study.go(workers or available_cores(), found if going_on else None)
+        summary = summarise(folder.path, command=command)
+        folder.write_summary(summary)
     return summary
 
 
@@ -94,7 +110,8 @@ class _Study:
         for name in self.config.sections:
             self._plan(name)
         self.first_fraction = self._advance()
-        self._emit(events.StudyStarted, runs=len(self.known), workers=workers)
+        left = sum(run.cost for run in self.queue) + sum(self.later.values())
+        self._emit(events.StudyStarted, runs=len(self.known), workers=workers, expected=left / workers)
         if resumed is not None:
             self._emit(events.StudyResumed, finished=len(self.done), dropped=resumed.dropped)
         if self.queue:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 Data = tuple[Tensor, Tensor]
+_AT_ONCE = 1000
 Watch = Callable[[int, float], bool]
 """Called with the step and the latest batch's loss at each evaluation; returns whether to stop."""
 
@@ -117,7 +118,9 @@ def accuracy(model: nn.Module, data: Data) -> float:
     """The share of ``data`` that ``model`` classifies rightly in eval mode; leaves the model in train mode."""
     model.eval()
     features, labels = data
-    right = (model(features).argmax(1) == labels).sum().item()
+    # In parts: the activations of 10,000 images at once would take gigabytes.
+    parts = zip(features.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True)
+    right = sum(int((model(x).argmax(1) == target).sum()) for x, target in parts)
     model.train()
     return right / len(labels)
 

@@ -23,6 +23,8 @@ SECTIONS: dict[str, str] = {
     "identity": "What are gamma and beta for?",
     "batches": "What about small batches, and sorted ones?",
     "domains": "And when the test data are of another kind?",
+    "mnist": "The paper's experiment: MNIST",
+    "cifar10": "And on photographs: CIFAR-10",
 }
 """The names of the sections and their titles, in the page's order."""
 
