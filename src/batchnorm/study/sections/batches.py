@@ -10,6 +10,7 @@ BatchNorm", section 3: running averages against the statistics of the weights of
 from __future__ import annotations
 
 import copy
+import math
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,8 @@ def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothi
             _run(config, "one-class", norm, seed, config.batch, wanted.class_steps, **one_class) for norm in COMPARED
         ]
         for momentum in wanted.momenta:
-            looks = {"momentum": momentum, "looks": wanted.looks}
+            # Evaluated at all looks, and as seldom as that allows.
+            looks = {"momentum": momentum, "looks": wanted.looks, "coarse": math.gcd(*wanted.looks)}
             runs.append(_run(config, "lag", "batch", seed, config.batch, max(wanted.looks), **looks))
     return Plan(tuple(runs))
 
