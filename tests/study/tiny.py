@@ -13,6 +13,7 @@ from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
 from batchnorm.study.settings.mnist import Mnist
+from batchnorm.study.settings.outside import Outside
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 TINY = StudyConfig(
@@ -41,12 +42,13 @@ TINY = StudyConfig(
         depth_steps=4,
     ),
     distribution=Distribution(steps=160, every=40),
+    outside=Outside(toy_steps=10, lrs=(0.3, 1.0), steps=6, every=3, interval=3),
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),
     batches=Batches(sizes=(2, 60), steps=8, class_steps=6, momenta=(0.1, 0.01), looks=(4, 6)),
     domains=Domains(steps=6, draws=1),
     initialisation=Initialisation(seeds=1, layers=(2,), stds=(0.01, 1.0), lrs=(1.0, 3.0), steps=6),
     convnet=Convnet(width=2, deep_width=2, deep_depth=2, lrs=(0.3,), deep_lrs=(0.1, 0.3), steps=6),
-    mnist=Mnist(seeds=1, steps=6),
+    mnist=Mnist(seeds=1, lrs=(0.1, 0.5), steps=6),
     cifar10=Cifar10(seeds=1, width=2, depth=1, lrs=(0.1, 0.3), steps=6),
 )

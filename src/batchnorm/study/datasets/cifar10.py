@@ -93,7 +93,7 @@ def rows(data: bytes, source: str) -> tuple[Bytes, Labels]:
             "no whole number of them: the file is cut, or is not of the binary version"
         )
     table = np.frombuffer(data, dtype=np.uint8).reshape(-1, ROW)
-    return table[:, 1:].reshape(-1, CHANNELS, SIDE, SIDE), checked_labels(table[:, 0], source)
+    return table[:, 1:].reshape(-1, CHANNELS, SIDE, SIDE).copy(), checked_labels(table[:, 0], source)
 
 
 def _unpacked(archive: Path) -> dict[str, bytes]:

@@ -106,7 +106,8 @@ def idx(data: bytes, path: Path, dimensions: int) -> Bytes:
     if promised != held:
         size = " x ".join(str(length) for length in shape)
         raise InputError(f"{path}: its header promises {size} = {promised} bytes, it holds {held}: fetch it again")
-    return np.frombuffer(data, dtype=np.uint8, offset=head).reshape(shape)
+    # A copy of its own: torch has no tensors that may not be written to.
+    return np.frombuffer(data, dtype=np.uint8, offset=head).reshape(shape).copy()
 
 
 def _part(folder: Path, images: Bytes, labels: Bytes, part: str) -> tuple[Bytes, Labels]:
