@@ -101,9 +101,9 @@ class TunePool:
             return []
         if isinstance(item, Done):
             return [item]
-        raise RunFailedError(
-            f"a run on Ray failed: {' '.join(str(item).split())[:300]}; resume after mending the cause"
-        )
+        # The last line of a trace from another machine says what happened.
+        why = (str(item).strip().splitlines() or [type(item).__name__])[-1]
+        raise RunFailedError(f"a run on Ray failed: {why[:300]}; resume after mending the cause")
 
     def close(self) -> None:
         """Stop the trials, and the cluster where this started it."""
