@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -157,6 +158,19 @@ def test_compiled_models_run_their_looks_in_eager():
     compiled(x)
     assert len(calls) == 5
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_eager_is_only_asked_for_where_something_is_compiled(compiled, monkeypatch):
+    frames = importlib.import_module("torch._dynamo.eval_frame")
+    monkeypatch.setattr(frames, "cached_backends", {1: None, **({2: "inductor"} if compiled else {})})
+    asked, stance = [], torch.compiler.set_stance
+    monkeypatch.setattr(torch.compiler, "set_stance", lambda wanted: asked.append(wanted) or stance(wanted))
+    model = mlp()
+    with bn.watch(model, every=1) as watch:
+        model(inputs(model))
+    assert watch.records
+    assert asked == (["force_eager"] if compiled else [])
 
 
 def test_a_watch_on_the_model_inside_a_compiled_one_sees_nothing_and_breaks_nothing():

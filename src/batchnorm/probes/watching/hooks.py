@@ -54,8 +54,10 @@ def passes_can_be_seen(until: ExitStack) -> bool:
 
         if get_eval_frame_callback() not in (None, False):
             return False
-        # Setting it takes a while. Where it cannot be known whether anything was compiled, it is set.
-        if not getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", True):
+        # Setting it takes a while. Where it cannot be known whether anything was compiled, it is set. To be kept from
+        # compiling, as parts of torch are, counts as a backend that is None.
+        backends = getattr(sys.modules.get("torch._dynamo.eval_frame"), "cached_backends", None)
+        if isinstance(backends, dict) and not any(backend is not None for backend in backends.values()):
             return True
         until.enter_context(torch.compiler.set_stance("force_eager"))
     return True
