@@ -1,4 +1,4 @@
-"""Small files in the formats of MNIST and CIFAR-10, made by the tests: the images are noise over a mark for the class."""
+"""Small files in the formats of MNIST and CIFAR-10, made by the tests: noise over a mark for the class."""
 
 from __future__ import annotations
 

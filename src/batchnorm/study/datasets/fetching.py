@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import os
@@ -54,7 +55,8 @@ def fetch(source: Source, folder: Path, tell: Callable[[str], None]) -> Path:
     except OSError as error:
         raise OutputError(f"cannot write {source.name} into {folder}: {error.strerror or error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where the folder could not be made
+            beside.unlink(missing_ok=True)
     raise InputError(
         f"cannot fetch {source.name} ({reason}): try again with a network, or put the file into {folder} yourself"
     )
