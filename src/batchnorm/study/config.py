@@ -27,6 +27,7 @@ from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
 from batchnorm.study.settings.mnist import Mnist
+from batchnorm.study.settings.outside import Outside
 from batchnorm.study.settings.preprocessing import Preprocessing
 
 # Sections on data that do not ship with scikit-learn, which run only where they are asked for by name.
@@ -38,6 +39,7 @@ SECTION_NAMES = (
     "initialisation",
     "convnet",
     "distribution",
+    "outside",
     "preprocessing",
     "identity",
     "batches",
@@ -69,6 +71,7 @@ class StudyConfig:
     initialisation: Initialisation = field(default_factory=Initialisation)
     convnet: Convnet = field(default_factory=Convnet)
     distribution: Distribution = field(default_factory=Distribution)
+    outside: Outside = field(default_factory=Outside)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)
     batches: Batches = field(default_factory=Batches)

@@ -19,6 +19,7 @@ SECTIONS: dict[str, str] = {
     "initialisation": "Does it matter how large the weights are at the start?",
     "convnet": "And in a convolutional network?",
     "distribution": "What happens to the input of a typical unit?",
+    "outside": "Why not normalize outside the gradient?",
     "preprocessing": "What does preparing the raw data do?",
     "identity": "What are gamma and beta for?",
     "batches": "What about small batches, and sorted ones?",
