@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -199,7 +201,8 @@ def run(
     """Do what ``config`` says with ``job``; see :func:`compare`."""
     with tempfile.TemporaryDirectory(prefix="batchnorm-compare-") as scratch:
         folder = RunFolder(Path(out if out is not None else scratch))
-        config, found, _ = session.begin(folder, config, resume)
+        made = not folder.path.exists()
+        config, found, going_on = session.begin(folder, config, resume)
         job.states = folder.path / session.STATES
         job.states.mkdir(exist_ok=True)
         if tensorboard:
@@ -212,11 +215,25 @@ def run(
         state = session.Session(folder, config, found, job, on_event)
         try:
             state.go(workers, pool)
+        except InputError:
+            # What was refused at once has left nothing that could be gone on with.
+            if not going_on and not state.known:
+                _clear(folder, made)
+            raise
         finally:
             job.data.restore()
         comparison = Comparison.load(folder.path)
         folder.write_summary(comparison.summary)
     return comparison
+
+
+def _clear(folder: RunFolder, whole: bool) -> None:
+    for path in (folder.config_file, folder.records_file):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder.path / session.STATES, ignore_errors=True)
+    if whole:
+        with contextlib.suppress(OSError):
+            folder.path.rmdir()
 
 
 def _opener(data: Any, batch_size: int, *options: Any) -> Callable[[], Data]:
