@@ -36,8 +36,8 @@ COMPARED = ("none", "batch", "renorm", "group")
 COSTS = {"none": 0.0006, "batch": 0.0011, "renorm": 0.0022, "group": 0.0008, "ghost": 0.0013}
 # What is recalibrated sees the training data in batches of this size, whatever the size that it was trained with.
 RECALIBRATION = 100
-# The last evaluations, ten steps apart, whose median is the accuracy that a run comes to.
-SETTLED = 5
+# The last evaluations, so many steps apart, whose median is the accuracy that a run comes to.
+SETTLED, APART = 3, 5
 
 
 def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothing here depends on results
@@ -67,7 +67,7 @@ def execute(run: Run, report: Report) -> list[Record]:
 
     split = data.digits(run.seed)
     tested, (features, _) = tensors(split.test), tensors(split.train)
-    looks = run.params.get("looks", ()) if run.variant not in ("none", "group") else ()
+    looks = run.params.get("looks", ())
     lines: list[Record] = []
 
     def look(step: int, model: torch.nn.Sequential) -> None:
@@ -75,7 +75,7 @@ def execute(run: Run, report: Report) -> list[Record]:
             lines.append(run.record(step, "recalibrated", recalibrated_accuracy(model, features, tested)))
 
     trained, model = train_mlp(run, split, report, look)
-    if run.variant not in ("none", "group") and not looks:
+    if run.variant in ("batch", "renorm") and not looks:
         lines.append(run.record(run.steps, "recalibrated", recalibrated_accuracy(model, features, tested)))
     return [*lines, *trained]
 
@@ -124,6 +124,7 @@ def _run(config: StudyConfig, case: str, norm: str, seed: int, size: int, steps:
         "batch": size,
         "groups": wanted.groups,
         "fine_until": 0,
+        "coarse": APART,
         **params,
     }
     name = run_id("batches", case, norm, size=size, **named, seed=seed)

@@ -9,7 +9,7 @@ from batchnorm.study.config import StudyConfig
 from batchnorm.study.document import Cell, Section
 from batchnorm.study.records import Records
 from batchnorm.study.sections import batches_figures as figures
-from batchnorm.study.sections.batches import COMPARED, RECALIBRATION, SETTLED, TITLES
+from batchnorm.study.sections.batches import APART, COMPARED, RECALIBRATION, SETTLED, TITLES
 from batchnorm.study.sections.batches_found import Found, found_in, middle
 from batchnorm.study.sections.deep import STUCK
 from batchnorm.study.sections.headline_page import NOISE
@@ -174,7 +174,7 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "momenta": f"{listed(wanted.momenta)}: BN, batches of {config.batch}, rate {short(wanted.lr)}",
         "recalibration": f"bn.recalibrate of a copy, on the training data in batches of {RECALIBRATION}",
         "accuracy": (
-            f"on the test part; the median of the last {SETTLED} evaluations, 10 steps apart. Before and after "
+            f"on the test part; the median of the last {SETTLED} evaluations, {APART} steps apart. Before and after "
             "recalibration: at exactly the step"
         ),
         "seeds": listed(config.seed_list()),

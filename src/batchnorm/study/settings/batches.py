@@ -17,14 +17,14 @@ class Batches:
 
     sizes: tuple[int, ...] = (2, 4, 8, 16, 60)
     lr: float = 0.1
-    steps: int = 120
+    steps: int = 100
     ghost: int = 15
     groups: int = 10
     class_lr: float = 0.03
-    class_steps: int = 120
+    class_steps: int = 100
     momenta: tuple[float, ...] = (0.1, 0.01, 0.001)
-    looks: tuple[int, ...] = (20, 50, 150)
+    looks: tuple[int, ...] = (20, 50, 100)
 
 
-QUICK = Batches(sizes=(2, 60), steps=60, class_steps=60, momenta=(0.1, 0.01), looks=(20, 50))
-FULL = Batches(steps=300, class_steps=300, looks=(20, 50, 150, 400))
+QUICK = Batches(sizes=(2, 60), steps=40, class_steps=40, momenta=(0.1, 0.01), looks=(20, 40))
+FULL = Batches(steps=300, class_steps=300, looks=(20, 50, 100, 200, 400))

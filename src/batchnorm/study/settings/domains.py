@@ -24,5 +24,5 @@ class Domains:
     tent_lr: float = 0.01
 
 
-QUICK = Domains(steps=200, draws=2)
+QUICK = Domains(steps=150, draws=1)
 FULL = Domains(steps=2000, draws=20)
