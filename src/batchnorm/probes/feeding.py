@@ -85,6 +85,11 @@ def on_device(batch: Any, device: torch.device | None) -> Any:
     )
 
 
+def of_no_inference(batch: Any) -> Any:
+    """``batch`` with copies of those tensors that were made in inference mode: outside of it nothing writes to them."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, batch)
+
+
 def _device(item: Tensor | PackedSequence) -> torch.device:
     return item.data.device if isinstance(item, PackedSequence) else item.device
 

@@ -25,6 +25,7 @@ from batchnorm.surgery.transaction import unchanged_on_error
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 
 
+@torch.inference_mode(False)  # tensors that are made in it cannot be trained
 def convert(
     model: nn.Module,
     to: str | type[nn.Module] | Maker,
@@ -106,6 +107,7 @@ def convert(
     return root
 
 
+@torch.inference_mode(False)
 def revert(model: nn.Module, layers: Layers | None = None, *, optimizer: Optimizers | None = None) -> nn.Module:
     """Turn what :func:`convert` made into what it was: class, activation, settings, rank, everything.
 

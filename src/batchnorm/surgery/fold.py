@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from batchnorm._checks import check_not_negative
 from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.recognition import unwrapped
-from batchnorm.probes.feeding import ForwardFn
+from batchnorm.probes.feeding import ForwardFn, of_no_inference
 from batchnorm.probes.wiring import trace
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.folding import modules, program
@@ -39,6 +39,7 @@ def fold(
     rtol: float | None = None,
     strict: bool = False,
 ) -> ExportedProgram: ...
+@torch.inference_mode(False)  # tensors that are made in it can be neither trained nor loaded into
 def fold(
     model: nn.Module | ExportedProgram,
     example: Any = None,
@@ -87,6 +88,7 @@ def fold(
             with ``strict``, a batch norm is left.
         InputError: ``rtol`` is negative; the model is a ScriptModule.
     """
+    example = of_no_inference(example)
     if rtol is not None:
         check_not_negative("rtol", rtol)
     if isinstance(model, ExportedProgram):
@@ -145,6 +147,8 @@ def _check_ready(model: nn.Module) -> None:
             raise SurgeryError(
                 f"expected a model with all its parameters, got {name} without: run a batch through first"
             )
+        if tensor.is_inference():
+            raise SurgeryError(f"expected a model made outside of inference mode, got {name} made in it: make it anew")
         if tensor.is_meta:
             raise SurgeryError(f"expected a model with numbers, got {name} on the meta device: load its weights first")
 
@@ -155,8 +159,8 @@ def _copied(model: nn.Module) -> tuple[nn.Module, list[Change]]:
         twin = copy.deepcopy(model)
     except Exception as error:
         raise SurgeryError(
-            f"expected a model that can be copied, got {type(error).__name__}: {error}: remove weight norms and "
-            "tensors with a gradient's history first"
+            f"expected a model that can be copied, got {type(error).__name__}: {error}: remove weight norms, "
+            "pruning and tensors with a gradient's history first"
         ) from error
     done = []
     for parent, module in list(twin.named_modules()):

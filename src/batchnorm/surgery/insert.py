@@ -14,7 +14,7 @@ from batchnorm._errors import InputError, SurgeryError
 from batchnorm.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from batchnorm.nn.recognition import Layer, unwrapped
 from batchnorm.ops import functional
-from batchnorm.probes.feeding import ForwardFn, feed, undisturbed
+from batchnorm.probes.feeding import ForwardFn, feed, of_no_inference, undisturbed
 from batchnorm.probes.wiring import trace
 from batchnorm.surgery.changes import Change, remember
 from batchnorm.surgery.places import LINEAR, reader, unfit
@@ -43,6 +43,7 @@ class Normalized(nn.Sequential):
         return super().__getattr__(name)
 
 
+@torch.inference_mode(False)  # tensors that are made in it cannot be trained
 def insert(
     model: nn.Module,
     example: Any,
@@ -97,7 +98,7 @@ def insert(
     check_choice("kind", kind, ("ours", "torch"))
     if not 0 < eps < float("inf"):
         raise InputError(f"expected eps above 0, got {eps}")
-    inner = unwrapped(model)[0]
+    inner, example = unwrapped(model)[0], of_no_inference(example)
     _check(model)
     chosen = select(inner, layers, among=lambda module: isinstance(module, LINEAR))
     wiring = trace(inner, example, forward_fn)

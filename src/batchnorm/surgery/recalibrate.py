@@ -153,6 +153,11 @@ def _chosen(model: nn.Module, layers: Layers | None) -> tuple[list[Layer], list[
                 f"{layer.name!r}: expected a layer with values, got one without yet (lazy, or on the meta device): run "
                 "the model on a batch first"
             )
+        if any(tensor.is_inference() for tensor in tensors) and not torch.is_inference_mode_enabled():
+            raise SurgeryError(
+                f"{layer.name!r}: expected a layer made outside of inference mode, got one made in it, which cannot be "
+                "written to: make it anew"
+            )
         if buffers.get("running_mean") is None:
             left.append(Change(layer.name, "left as it was: it keeps no running statistics"))
         elif not layer.module.track_running_stats:

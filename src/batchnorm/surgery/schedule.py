@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from batchnorm.nn.recognition import Layer
 from batchnorm.probes.feeding import ForwardFn
@@ -18,11 +16,7 @@ def groups(model: nn.Module, example: Any, forward_fn: ForwardFn | None, layers:
 
     Layers that feed each other, by being called several times, stand where the first of them is called.
     """
-    with torch.inference_mode(False):  # whose tensors do not say when they are written to
-        example = pytree.tree_map_only(
-            Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, example
-        )
-        steps = trace(model, example, forward_fn).steps
+    steps = trace(model, example, forward_fn).steps
     names = {layer.module: layer.name for layer in layers}
     above: list[frozenset[str]] = []  # the layers that each step's output depends on
     needed: dict[str, frozenset[str]] = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from batchnorm._errors import InputError
 from batchnorm.nn.recognition import unwrapped
-from batchnorm.probes.feeding import ForwardFn
+from batchnorm.probes.feeding import ForwardFn, of_no_inference
 from batchnorm.probes.wiring.read import Reader
 from batchnorm.probes.wiring.recorded import Recorder
 from batchnorm.probes.wiring.steps import OUTSIDE, Made, Step, Wiring, function_name, is_atomic, tensors
@@ -35,4 +35,5 @@ def trace(model: nn.Module, example: Any = None, forward_fn: ForwardFn | None = 
         raise InputError("expected a model in Python, got a ScriptModule: trace the model that it was made from")
     if example is None:
         return Reader(inner, prefix).wiring()
-    return Recorder(inner, prefix).run(example, forward_fn)
+    with torch.inference_mode(False):  # whose tensors do not say when they are written to
+        return Recorder(inner, prefix).run(of_no_inference(example), forward_fn)

@@ -58,7 +58,7 @@ class Recorder(TorchFunctionMode):
         name = function_name(function)
         step, given = self._begin((args, kwargs), _values_read(name, args, kwargs))
         step.function = function
-        versions = [tensor._version for tensor in given]
+        versions = [_version(tensor) for tensor in given]
         result = function(*args, **kwargs)
         made, overwritten = list(tensors(result)), _overwritten(given, versions)
         if made or overwritten or name in _READERS:
@@ -75,7 +75,7 @@ class Recorder(TorchFunctionMode):
             if not self.inside:
                 step, given = self._begin((args, kwargs))
                 step.name, step.module = name, module
-                open_steps.append((step, given, [tensor._version for tensor in given]))
+                open_steps.append((step, given, [_version(tensor) for tensor in given]))
             self.inside += 1
 
         def after(_: nn.Module, _args: Any, _kwargs: Any, result: Any) -> None:
@@ -145,7 +145,12 @@ def _passes(given: list[Tensor], made: list[Tensor], overwritten: list[Tensor]) 
 
 
 def _overwritten(given: list[Tensor], versions: list[int]) -> list[Tensor]:
-    return [tensor for tensor, version in zip(given, versions, strict=True) if tensor._version != version]
+    return [tensor for tensor, version in zip(given, versions, strict=True) if _version(tensor) != version]
+
+
+def _version(tensor: Tensor) -> int:
+    # Parameters of a model that was made in inference mode do not count; nothing writes to them either.
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _storage(tensor: Tensor) -> int:

@@ -100,7 +100,10 @@ def _refusal(module: nn.Module, shared: set[int]) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrized: first torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is made anew at each call: first torch.nn.utils.remove_weight_norm or remove_spectral_norm"
+        return (
+            "its weight is made anew at each call: first torch.nn.utils.remove_weight_norm, remove_spectral_norm or "
+            "prune.remove"
+        )
     for parameter in module._parameters.values():
         if parameter is None:
             continue
