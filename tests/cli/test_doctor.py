@@ -167,6 +167,7 @@ def test_rules_are_listed_and_explained(call: Call) -> None:
         (["nets:build", "--data", "nets:loader", "--columns", "x"], 2, "--stats and --columns are for files"),
         (["nets:build", "--key", "ema"], 2, "--key is a place in a --checkpoint"),
         (["nets:build", "--data", "absent.npy"], 1, "no such file or folder: 'absent.npy'"),
+        (["nets:build", "--data", "nets:build"], 1, "to give batches to iterate over, got Sequential"),
         (["nets:build", "--data", "nets:thing.training"], 1, "to give batches to iterate over, got bool"),
     ],
 )

@@ -174,8 +174,8 @@ def batches(
             raise click.UsageError("--stats and --columns are for files: a function's batches are taken as they are")
         function = find(source)
         first = _called(source, function, {}) if callable(function) else function
-        # One batch can be gone through too, by its rows or keys.
-        if not hasattr(first, "__iter__") or isinstance(first, torch.Tensor | Mapping | str):
+        # One batch can be gone through too, by its rows or keys, and a Sequential by its layers.
+        if not hasattr(first, "__iter__") or isinstance(first, torch.Tensor | torch.nn.Module | Mapping | str):
             raise InputError(f"expected {source} to give batches to iterate over, got {type(first).__name__}")
         # A generator is spent after one pass: the function is called again for the next.
         again = isinstance(first, Iterator) and callable(function)
