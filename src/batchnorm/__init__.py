@@ -34,8 +34,16 @@ from batchnorm._errors import (
 if TYPE_CHECKING:
     from batchnorm import moments, nn, ops, preprocessing, probes, report, study, surgery
     from batchnorm.probes import diagnose, watch
-    from batchnorm.study.comparison import compare
-    from batchnorm.surgery import adapt, changes, convert, fold, freeze, insert, recalibrate, revert, unfreeze
+    from batchnorm.study.comparison.api import compare
+
+    # From their modules, of the same names: in a cycle of imports a type checker takes the room's names for these.
+    from batchnorm.surgery.adapt import adapt
+    from batchnorm.surgery.changes import changes
+    from batchnorm.surgery.convert import convert, revert
+    from batchnorm.surgery.fold import fold
+    from batchnorm.surgery.freeze import freeze, unfreeze
+    from batchnorm.surgery.insert import insert
+    from batchnorm.surgery.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 

@@ -126,6 +126,7 @@ class CompareCallback(Callback):
             data="the Trainer's loaders",
             variants=tuple(variant.name for variant in named),
             lrs=settings.rates(self.lrs, "adam" if "Adam" in type(job.make_optimizer(module, 1.0)).__name__ else "sgd"),
+            auto=self.lrs == "auto",
             seeds=self.seeds,
             seed=self.seed,
             budget=self.budget,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import batchnorm as bn
-from batchnorm.study.comparison import norms, planning, settings, variants, verdict
+from batchnorm.study.comparison import intervals, norms, planning, settings, variants, verdict
 from batchnorm.study.comparison.building import Builder
 from batchnorm.study.comparison.data import LoaderData, split_batch
 from batchnorm.study.comparison.objective import Objective
@@ -44,16 +44,16 @@ def test_a_configuration_is_read_as_it_was_written(tmp_path):
 def test_the_intervals_are_students_for_pairs():
     rng = np.random.default_rng(0)
     ours, theirs = rng.normal(1, 1, 5), rng.normal(0, 1, 5)
-    found = verdict.interval(list(ours - theirs), 1)
+    found = intervals.interval(list(ours - theirs), 1)
     expected = scipy_stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    guarded = verdict.interval(list(ours - theirs), 4)
+    guarded = intervals.interval(list(ours - theirs), 4)
     expected = scipy_stats.ttest_rel(ours, theirs).confidence_interval(1 - 0.05 / 4)
     assert (guarded.low, guarded.high) == pytest.approx((expected.low, expected.high))
 
 
 def test_equal_differences_do_not_make_an_interval_of_no_width():
-    found = verdict.interval([0.02, 0.02, 0.02], 1, resolution=0.01)
+    found = intervals.interval([0.02, 0.02, 0.02], 1, resolution=0.01)
     assert found.high - found.low == pytest.approx(2 * 4.302653 * 0.01 / math.sqrt(12) / math.sqrt(3))
 
 
@@ -61,7 +61,7 @@ def test_a_verdict_of_no_difference_is_right_as_often_as_it_says():
     rng = np.random.default_rng(1)
     # Three comparisons without a difference: in 95% of the cases none of them shows one.
     wrong = sum(
-        any(not found.low <= 0 <= found.high for found in (verdict.interval(list(row), 3) for row in rows))
+        any(not found.low <= 0 <= found.high for found in (intervals.interval(list(row), 3) for row in rows))
         for rows in rng.normal(0, 1, (1000, 3, 4))
     )
     assert wrong < 70
@@ -127,6 +127,20 @@ def test_a_budget_is_kept_by_what_a_step_takes():
     assert 70 < taken <= 75
     compiled = planning.size(settings.replaced(config, compile=True), Records(tuple(lines)))
     assert compiled[0] < steps
+
+
+def test_a_small_budget_thins_an_automatic_grid():
+    config = settings.replaced(tiny.compare().config, budget=10.0, steps=0, auto=True, lrs=settings.RATES["sgd"])
+    head = {"section": "calibrate", "seed": 0, "step": 0, "metric": "seconds", "run": "calibrate"}
+    lines = [
+        head | {"variant": name, "what": what, "value": value}
+        for name in config.variants
+        for what, value in (("step", 0.01), ("evaluation", 0.0), ("start", 0.0), ("first step", 0.0))
+    ]
+    done = Records((*lines, head | {"variant": "none", "metric": "finished", "value": True}))
+    assert planning.settled(config, done).lrs == (0.001, 0.01, 0.1, 1.0)
+    assert planning.settled(settings.replaced(config, budget=100.0), done) == settings.replaced(config, budget=100.0)
+    assert planning.settled(settings.replaced(config, auto=False), done).lrs == config.lrs
 
 
 def test_variants_are_read():

@@ -88,7 +88,8 @@ def compare(
         variants: names: none, batch, torch, renorm, ghost, group, layer, instance, iternorm, decorrelated; with a size
             as in ``ghost=16``; functions of the number of features; or a mapping of names to these. The first is what
             the others are compared with.
-        lrs: "auto" for a grid of half-decades, or the rates. A single one is taken without a search.
+        lrs: "auto" for a grid of half-decades (decades, where the budget is small), or the rates. A single one is taken
+            without a search.
         seeds: how many are measured; ``seed`` is the first.
         budget: seconds, or as in "45s", "10m", "1h30m".
         steps: of a measured run, instead of a budget.
@@ -164,6 +165,7 @@ def compare(
         data=data.label if isinstance(data, Deferred) else opened.label,
         variants=tuple(variant.name for variant in named),
         lrs=settings.rates(lrs, optimizer if isinstance(optimizer, str) else "sgd"),
+        auto=lrs == "auto",
         seeds=seeds,
         seed=seed,
         budget=0.0 if steps else settings.seconds(budget),

@@ -20,7 +20,8 @@ from batchnorm.ops.activations import activation_layer
 from batchnorm.probes.feeding import ForwardFn
 from batchnorm.study.comparison import norms
 from batchnorm.study.comparison.variants import Variant
-from batchnorm.surgery import convert, insert
+from batchnorm.surgery.convert import convert
+from batchnorm.surgery.insert import insert
 
 NAMES = ("norm", "norm_layer", "normalization", "norm_fn", "make_norm")
 """Names of the argument by which a factory takes the normalization."""

@@ -7,17 +7,8 @@ from typing import Any
 
 from batchnorm.study.comparison import page_measured, page_sections, planning
 from batchnorm.study.comparison.settings import CompareConfig
-from batchnorm.study.comparison.verdict import (
-    Verdict,
-    amount,
-    arrivals,
-    by_seed,
-    judge,
-    memory,
-    step_seconds,
-    tests,
-    value,
-)
+from batchnorm.study.comparison.verdict import Verdict, arrivals, by_seed, judge, memory, step_seconds, tests
+from batchnorm.study.comparison.words import amount, value
 from batchnorm.study.document import Cell, Section, Summary, Table
 from batchnorm.study.measures import spread
 from batchnorm.study.records import FINISHED, Records

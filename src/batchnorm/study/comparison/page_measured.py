@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from batchnorm.study.comparison import planning
 from batchnorm.study.comparison.settings import CompareConfig
-from batchnorm.study.comparison.verdict import MARK, Verdict, arrivals, by_seed, memory, step_seconds, value
+from batchnorm.study.comparison.verdict import MARK, Verdict, arrivals, by_seed, memory, step_seconds
+from batchnorm.study.comparison.words import value
 from batchnorm.study.document import Cell, Figure, Section, Series, Table
 from batchnorm.study.measures import Curve, spread
 from batchnorm.study.records import Records

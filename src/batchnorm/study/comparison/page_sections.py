@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from batchnorm.study.comparison.intervals import LEVEL, Interval
 from batchnorm.study.comparison.page_measured import role
 from batchnorm.study.comparison.settings import CompareConfig
-from batchnorm.study.comparison.verdict import LEVEL, Interval, Verdict, amount, by_seed, span, tests, value
+from batchnorm.study.comparison.verdict import Verdict, by_seed, tests
+from batchnorm.study.comparison.words import amount, span, value
 from batchnorm.study.document import Cell, Figure, Section, Series, Table
 from batchnorm.study.records import Records
 from batchnorm.study.wording import listed, rounded, short

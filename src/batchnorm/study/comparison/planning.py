@@ -8,16 +8,18 @@ rates and of steps; what the budget buys is worked out once, from the seconds th
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 
 from batchnorm._errors import InputError
-from batchnorm.study.comparison.settings import CompareConfig
+from batchnorm.study.comparison.settings import CompareConfig, replaced
 from batchnorm.study.plan import Plan, Run, run_id
 from batchnorm.study.records import Records
 
 FEWEST = 24
 """Steps of a run below which a budget is refused: not much can be said of fewer."""
+ENOUGH = 120
 DENSE = 8
 # What is left for making models, writing files and pages; and the most of a budget that evaluations may take.
 _SHARE, _EVALUATIONS = 0.75, 0.35
@@ -76,6 +78,17 @@ def size(config: CompareConfig, records: Records) -> tuple[int, int]:
             "that as the budget, or fewer of these"
         )
     return steps, count
+
+
+def settled(config: CompareConfig, records: Records) -> CompareConfig:
+    """The configuration with the rates that are searched: of an automatic grid every second one alone (whole decades),
+    where all of them would leave less than ``ENOUGH`` steps to a run."""
+    if not config.auto or config.steps or not records.where(section="calibrate", metric="finished").lines:
+        return config
+    with contextlib.suppress(InputError):
+        if size(config, records)[0] >= ENOUGH:
+            return config
+    return replaced(config, lrs=config.lrs[1::2])
 
 
 def evaluations(steps: int, count: int) -> tuple[int, ...]:

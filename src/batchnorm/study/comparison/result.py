@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from batchnorm.study import records as records_module
-from batchnorm.study.comparison import page
+from batchnorm.study.comparison import page, planning
 from batchnorm.study.comparison.settings import CompareConfig
 from batchnorm.study.comparison.verdict import Verdict, judge
 from batchnorm.study.document import Summary
@@ -39,6 +39,7 @@ class Comparison:
 
         >>> Comparison.of(config, records).verdict.text                          # doctest: +SKIP
         """
+        config = planning.settled(config, found)
         return cls(config, found, page.build(config, found), judge(config, found))
 
     @classmethod

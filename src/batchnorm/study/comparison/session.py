@@ -85,6 +85,7 @@ class Session:
                 self._calibrate()
             # Sums are added in one order: a resume takes the threads that it began with.
             self.job.threads = Records(tuple(self.lines)).where(section="calibrate").value("threads", 0)
+            self.config = planning.settled(self.config, Records(tuple(self.lines)))
             self._plan()
             self.first = self._advance()
             left = sum(run.cost for run in self.queue) + self.later

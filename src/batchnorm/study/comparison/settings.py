@@ -32,7 +32,7 @@ class CompareConfig:
     Attributes:
         model, data: how they were called, for the page.
         variants: names; the first is what the others are compared with.
-        lrs: the rates that are searched; one is taken as it is.
+        lrs: the rates that are searched; one is taken as it is. ``auto``: they are a grid that a small budget may thin.
         seeds, seed: ``seed, seed + 1, ...`` are measured; the search has a seed of its own.
         budget: seconds for everything, 0 where ``steps`` says how long a run is.
         steps: of a measured run; 0 where the budget says it.
@@ -50,6 +50,7 @@ class CompareConfig:
     data: str
     variants: tuple[str, ...]
     lrs: tuple[float, ...]
+    auto: bool
     seeds: int
     seed: int
     budget: float

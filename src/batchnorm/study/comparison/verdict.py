@@ -1,42 +1,27 @@
 """The verdict: what the seeds can show, and what they cannot. No torch.
 
-Every variant is compared with the reference, seed by seed: the two have the same initial weights and batches there. The
-interval of the mean difference d over n seeds is Student's (1908) for pairs,
-
-    mean(d) +- t(1 - alpha / 2k, n - 1) * sd(d) / sqrt(n),
-
-with Bonferroni's alpha / k for the k comparisons, so that all k intervals hold together with probability 1 - alpha. The
-ratio of steps gets the same on its logarithm.
+Every variant is compared with the reference, seed by seed: the two have the same initial weights and batches there. See
+:mod:`batchnorm.study.comparison.intervals` for the uncertainty.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
 from batchnorm.study.comparison import planning
+from batchnorm.study.comparison.intervals import LEVEL, Interval, exponential, interval
 from batchnorm.study.comparison.settings import CompareConfig
+from batchnorm.study.comparison.words import told
 from batchnorm.study.measures import best, steps_to
 from batchnorm.study.records import Records
-from batchnorm.study.wording import listed, short
 
-LEVEL = 0.95
 # Of the way from the reference's first validation to its best: the mark that steps are counted to.
 MARK = 0.95
 Kind = Literal["better", "worse", "no difference shown", "one seed", "diverged", "not finished"]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its interval (None for a single seed) and the values, one per seed."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -109,23 +94,6 @@ def by_seed(measured: Records, variant: str) -> dict[int, Records]:
     return {seed: own.where(seed=seed) for seed in sorted(own.distinct("seed"))}
 
 
-def interval(values: Sequence[float], comparisons: int, resolution: float = 0.0) -> Interval:
-    """Student's interval of the mean of ``values``, one of ``comparisons``.
-
-    ``resolution`` is the smallest difference that could be seen at all (one test sample): values closer together than
-    that do not make an interval of no width.
-    """
-    mean = fmean(values)
-    if len(values) < 2:
-        return Interval(mean, None, None, tuple(values))
-    from scipy.special import stdtrit
-
-    spread = max(stdev(values), resolution / math.sqrt(12))
-    quantile = float(stdtrit(len(values) - 1, 1 - (1 - LEVEL) / (2 * comparisons)))
-    half = quantile * spread / math.sqrt(len(values))
-    return Interval(mean, mean - half, mean + half, tuple(values))
-
-
 def mark_of(config: CompareConfig, reference: Mapping[int, Records]) -> float | None:
     """The mark: 95% of the way that the reference's validation makes, from its first value to its best two in a row,
     averaged over seeds; None where it makes none."""
@@ -196,8 +164,8 @@ def _judgement(
         # Arrival before the first step cannot be divided by: it counts as the first.
         logs = [math.log(max(a, 1) / max(b, 1)) for a, b in arrived if a is not None and b is not None]
         if len(logs) == len(arrived):
-            steps = _exp(interval(logs, count))
-            time = _exp(interval([value - math.log(cost) for value in logs], count)) if cost else None
+            steps = exponential(interval(logs, count))
+            time = exponential(interval([value - math.log(cost) for value in logs], count)) if cost else None
     kind = _kind(config, difference, len(pairs), len(whole))
     found = Judgement(
         name,
@@ -211,7 +179,7 @@ def _judgement(
         _ratio(memory(records, name), memory(records, config.reference)),
         "",
     )
-    text = _text(config, found, len(pairs), mark, planning.complete(config, records))
+    text = told(config, found, len(pairs), mark, planning.complete(config, records))
     return Judgement(**{**vars(found), "text": text})
 
 
@@ -227,91 +195,5 @@ def _kind(config: CompareConfig, difference: Interval | None, pairs: int, whole:
     return "better" if (difference.mean > 0) == config.higher else "worse"
 
 
-def _text(config: CompareConfig, found: Judgement, seeds: int, mark: float | None, complete: bool) -> str:
-    name, other = found.variant, found.reference
-    many = f"{seeds} seed" + ("" if seeds == 1 else "s")
-    so_far = "" if complete else "So far: "
-    if found.kind == "not finished":
-        return f"{name} against {other}: nothing is measured yet."
-    if found.kind == "diverged" or found.difference is None:
-        return f"{so_far}{name} against {other}: no comparison, a run of one of them diverged at the rate it was given."
-    difference = amount(config, found.difference)
-    what = f"test {config.metric}"
-    if found.kind == "one seed":
-        first = f"{name}: {what} {difference} against {other}; one seed shows no uncertainty, so this is no verdict."
-    elif found.kind == "no difference shown":
-        first = f"{name}: no difference in {what} from {other} that {many} can show ({difference})."
-    else:
-        first = f"{name} is {found.kind} than {other} in {what}: {difference} over {many}."
-    return f"{so_far}{first} {_speed(found, seeds, mark, config)}".strip()
-
-
-def _speed(found: Judgement, seeds: int, mark: float | None, config: CompareConfig) -> str:
-    cost = "" if found.cost is None else f"A step takes {short(found.cost)} times as long"
-    cost += "" if found.memory is None or not cost else f" and {short(found.memory)} times the memory"
-    cost += "." if cost else ""
-    if mark is None:
-        return f"{found.reference} learned nothing that steps could be counted to. {cost}"
-    where = f"validation {config.metric} {value(config, mark)}"
-    if found.steps is None:
-        came = f"{found.reached[0]} of {seeds} of its runs, {found.reached[1]} of {found.reference}'s"
-        return f"To {where} came {came}. {cost}"
-    ratio, time = found.steps, found.time
-    if ratio.low is None or ratio.high is None:
-        told = f"{where} in {short(ratio.mean)} times fewer steps"
-    elif ratio.low > 1:
-        told = f"It reaches {where} in {span(ratio)} times fewer steps"
-    elif ratio.high < 1:
-        slower = Interval(1 / ratio.mean, 1 / ratio.high, 1 / ratio.low, ())
-        told = f"It needs {span(slower)} times more steps to {where}"
-    else:
-        told = f"No difference in steps to {where} is shown (ratio {span(ratio)})"
-    clock = "" if time is None else f"; by the clock the ratio is {short(time.mean)}"
-    return f"{told[0].upper()}{told[1:]}{clock}. {cost}"
-
-
-def amount(config: CompareConfig, found: Interval) -> str:
-    """A difference with its interval: ``+2.2 points [+0.9, +3.5]`` of accuracy."""
-    points = config.metric in ("accuracy", "balanced-accuracy")
-    factor = 100 if points else 1
-
-    def one(number: float) -> str:
-        return f"{factor * number:+.1f}" if points else f"{number:+.3g}"
-
-    unit = " points" if points else ""
-    if found.low is None or found.high is None:
-        return f"{one(found.mean)}{unit}"
-    return f"{one(found.mean)}{unit} [{one(found.low)}, {one(found.high)}]"
-
-
-def value(config: CompareConfig, number: float | None) -> str:
-    """A value of the metric."""
-    if number is None:
-        return "none"
-    return f"{100 * number:.1f}%" if config.metric in ("accuracy", "balanced-accuracy") else f"{number:.4g}"
-
-
-def span(found: Interval) -> str:
-    """``3.1 [2.0, 4.8]``."""
-    return f"{_ratio_text(found.mean)} [{_ratio_text(found.low)}, {_ratio_text(found.high)}]"
-
-
-def _ratio_text(ratio: float | None) -> str:
-    """Two seeds make intervals over many orders of magnitude, of which no digit says anything."""
-    if ratio is not None and not 0.01 <= ratio <= 1000:
-        return "below 0.01" if ratio < 1 else "above 1000"
-    return short(ratio)
-
-
-def winners(verdict: Verdict) -> str:
-    """The variants that are better than the reference, in words."""
-    return listed(item.variant for item in verdict.judgements if item.kind == "better")
-
-
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
-
-
-def _exp(found: Interval) -> Interval:
-    low, high = (None if end is None else math.exp(max(min(end, 700.0), -700.0)) for end in (found.low, found.high))
-    return Interval(math.exp(found.mean), low, high, tuple(math.exp(item) for item in found.values))
