@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import drawing
+import torch
 
 DOCS = Path(__file__).parents[1]
 FOLDERS = ("tutorial", "howto")
@@ -52,6 +53,7 @@ def execute(page: Path, images: Path) -> Iterator[Printed]:
     """Run a page; figures are written to ``images``. Names live as long as the page."""
     text = page.read_text(encoding="utf-8")
     names: dict[str, object] = {}
+    torch.set_num_threads(1)  # sums in one order, whatever the machine
     for block in BLOCK.finditer(text):
         kind = "code" if block["figure"] is None else "drawing"
         line = text[: block.start(kind)].count("\n")
