@@ -12,9 +12,11 @@ from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
+from batchnorm.study.settings.landscape import Landscape
 from batchnorm.study.settings.mnist import Mnist
 from batchnorm.study.settings.outside import Outside
 from batchnorm.study.settings.preprocessing import Preprocessing
+from batchnorm.study.settings.whitening import Whitening
 
 TINY = StudyConfig(
     seeds=1,
@@ -42,6 +44,8 @@ TINY = StudyConfig(
         depth_steps=4,
     ),
     distribution=Distribution(steps=160, every=40),
+    landscape=Landscape(layers=2, deep_layers=3, sigmoid_steps=6, relu_steps=6, every=2, shifts=2),
+    whitening=Whitening(groups=(4,), eigen_groups=(4,), steps=6),
     outside=Outside(toy_steps=10, lrs=(0.3, 1.0), steps=6, every=3, interval=3),
     preprocessing=Preprocessing(table_lrs=(1.0,), table_steps=6, linear_lrs=(10.0, 20.0), linear_steps=4, deep_steps=6),
     identity=Identity(steps=8, points=200, grid=5),

@@ -26,9 +26,11 @@ from batchnorm.study.settings.domains import Domains
 from batchnorm.study.settings.headline import Headline
 from batchnorm.study.settings.identity import Identity
 from batchnorm.study.settings.initialisation import Initialisation
+from batchnorm.study.settings.landscape import Landscape
 from batchnorm.study.settings.mnist import Mnist
 from batchnorm.study.settings.outside import Outside
 from batchnorm.study.settings.preprocessing import Preprocessing
+from batchnorm.study.settings.whitening import Whitening
 
 # Sections on data that do not ship with scikit-learn, which run only where they are asked for by name.
 OPT_IN = ("mnist", "cifar10")
@@ -39,11 +41,13 @@ SECTION_NAMES = (
     "initialisation",
     "convnet",
     "distribution",
+    "landscape",
     "outside",
     "preprocessing",
     "identity",
     "batches",
     "domains",
+    "whitening",
     *OPT_IN,
 )
 DEFAULT_SECTIONS = tuple(name for name in SECTION_NAMES if name not in OPT_IN)
@@ -71,11 +75,13 @@ class StudyConfig:
     initialisation: Initialisation = field(default_factory=Initialisation)
     convnet: Convnet = field(default_factory=Convnet)
     distribution: Distribution = field(default_factory=Distribution)
+    landscape: Landscape = field(default_factory=Landscape)
     outside: Outside = field(default_factory=Outside)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     identity: Identity = field(default_factory=Identity)
     batches: Batches = field(default_factory=Batches)
     domains: Domains = field(default_factory=Domains)
+    whitening: Whitening = field(default_factory=Whitening)
     mnist: Mnist = field(default_factory=Mnist)
     cifar10: Cifar10 = field(default_factory=Cifar10)
 

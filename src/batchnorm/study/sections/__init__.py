@@ -19,11 +19,13 @@ SECTIONS: dict[str, str] = {
     "initialisation": "Does it matter how large the weights are at the start?",
     "convnet": "And in a convolutional network?",
     "distribution": "What happens to the input of a typical unit?",
+    "landscape": "Is the loss smoother?",
     "outside": "Why not normalize outside the gradient?",
     "preprocessing": "What does preparing the raw data do?",
     "identity": "What are gamma and beta for?",
     "batches": "What about small batches, and sorted ones?",
     "domains": "And when the test data are of another kind?",
+    "whitening": "Would whitening be better still?",
     "mnist": "The paper's experiment: MNIST",
     "cifar10": "And on photographs: CIFAR-10",
 }
