@@ -16,9 +16,9 @@ class Convnet:
     lrs: tuple[float, ...] = (0.3,)
     deep_width: int = 8
     deep_depth: int = 3
-    deep_lrs: tuple[float, ...] = (0.1, 0.3)
+    deep_lrs: tuple[float, ...] = (0.1,)
     steps: int = 300
 
 
-QUICK = Convnet(width=8, steps=120, deep_depth=2, deep_lrs=(0.3,))
+QUICK = Convnet(width=8, steps=120, deep_depth=2)
 FULL = Convnet(lrs=(0.1, 0.3, 1.0), deep_depth=4, deep_lrs=(0.03, 0.1, 0.3), steps=500)

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Headline:
-    """Steps to 90% with and without BN. ``lrs`` is the grid over which the baseline is tuned, on validation."""
+    """Steps to 90% with and without BN. ``lrs`` is the grid over which the baseline is tuned, on validation.
+
+    The grid leaves out what ``conservative_lr`` measures by itself; the lengths are such that both nets of the tuned
+    pair have passed 95% well before their end (``FULL`` goes on, for the best accuracy they come to).
+    """
 
     seeds: int = 5
-    lrs: tuple[float, ...] = (0.3, 1.0, 2.0, 3.0, 4.0, 5.0)
-    tune_steps: int = 1500
-    steps: int = 2000
-    batch_steps: int = 1000
+    lrs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    tune_steps: int = 1200
+    steps: int = 1500
+    batch_steps: int = 400
     conservative_lr: float = 0.3
     conservative_steps: int = 2500
     wide_init: float = 4.0
@@ -37,4 +41,9 @@ QUICK = Headline(
     relu_lrs=(0.2, 0.4),
     hot_steps=100,
 )
-FULL = Headline()
+FULL = Headline(
+    lrs=(0.3, 1.0, 2.0, 3.0, 4.0, 5.0),
+    tune_steps=1500,
+    steps=2000,
+    batch_steps=1000,
+)
