@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Compiled:
     ptx: str
     registers: int
     spilled: int
+    spilled_in_loops: int
     shared: int
     cooperative: bool
     warps: int
@@ -61,28 +63,57 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], options: dict[str, An
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = _assembled(made, capability)
+    registers, spilled, in_loops = _assembled(made)
     return Compiled(
         ptx=made.asm["ptx"],
         registers=registers,
         spilled=spilled,
+        spilled_in_loops=in_loops,
         shared=made.metadata.shared,
         cooperative=made.metadata.launch_cooperative_grid,
         warps=made.metadata.num_warps,
     )
 
 
-def _assembled(made: Any, capability: int) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, as the machine code says."""
-    import tempfile
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _assembled(made: Any) -> tuple[int, int, int]:
+    """Registers a thread, bytes of its stack, and how many instructions of inner loops access that stack."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True, timeout=60)
-    text = usage.stdout + usage.stderr
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    assert registers is not None, text
-    assert stack is not None, text
-    return int(registers[1]), int(stack[1])
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    registers, stack = re.search(r"REG:(\d+)", usage), re.search(r"STACK:(\d+)", usage)
+    assert registers is not None, usage
+    assert stack is not None, usage
+    return int(registers[1]), int(stack[1]), _spills_in_inner_loops(code)
+
+
+def _output(*command: str | Path) -> str:
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return finished.stdout + finished.stderr
+
+
+def _spills_in_inner_loops(code: str) -> int:
+    """Loads and stores of the stack in loops that read data and have no loop inside."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in code.splitlines():
+        label = re.match(r"\s*\.(L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(names)
+        instruction = re.search(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line)
+        if instruction:
+            target = re.search(r"\.(L_x_\d+)", instruction[2]) if instruction[1].startswith("BRA") else None
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(names)))
+            names.append(instruction[1])
+    inner = [
+        (begin, end)
+        for begin, end in loops
+        if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
+        and any(name.startswith(("LDG.", "LDGSTS")) and "STRONG" not in name for name in names[begin:end])
+    ]
+    assert inner, "no loop over the data was found"
+    return sum(name.startswith(("LDL", "STL")) for begin, end in inner for name in names[begin:end])

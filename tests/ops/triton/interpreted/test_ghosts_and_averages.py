@@ -14,9 +14,14 @@ EPS = 1e-5
 pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
-    ("shape", "size", "last"), [((7, 5, 3, 4), 3, True), ((8, 20, 6, 6), 4, False), ((9, 6), 4, None)]
+    ("shape", "size", "last", "route"),
+    [
+        ((7, 5, 3, 4), 3, True, ROUTES[0]),
+        ((8, 3, 6, 6), 4, False, ROUTES[1]),
+        ((7, 2, 9, 4), 3, False, ROUTES[2]),
+        ((9, 6), 4, None, ROUTES[2]),
+    ],
 )
 def test_ghosts_agree_with_the_reference(shape, size, last, route, monkeypatch):
     take(route, monkeypatch)
