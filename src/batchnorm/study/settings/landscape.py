@@ -24,5 +24,5 @@ class Landscape:
     shifts: int = 3
 
 
-QUICK = Landscape(sigmoid_steps=200, relu_steps=100)
-FULL = Landscape(sigmoid_steps=1500, relu_steps=600)
+QUICK = Landscape(sigmoid_steps=100, relu_steps=60)
+FULL = Landscape(sigmoid_steps=1200, relu_steps=500)

@@ -26,5 +26,5 @@ class Outside:
     small_damping: float = 1e-5
 
 
-QUICK = Outside(toy_steps=100, lrs=(0.3, 1.0), steps=40)
-FULL = Outside(toy_steps=500, lrs=(0.1, 0.3, 1.0, 3.0), steps=300)
+QUICK = Outside(toy_steps=50, steps=20, every=10, interval=10)
+FULL = Outside(toy_steps=500, lrs=(0.1, 0.3, 1.0), steps=200)
