@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from batchnorm import ConfigError
 from batchnorm.study import models, sections
 from batchnorm.study.config import PRESETS, StudyConfig
 from batchnorm.study.records import Records
@@ -38,6 +39,15 @@ def test_the_runs_have_names_of_their_own_and_keep_them():
     assert "batches/one-class/none/size=60/seed=0" in names
     assert "batches/lag/batch/size=60/momentum=0.01/seed=2" in names
     assert all(run.section == "batches" and run.cost > 0 for run in runs)
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(ConfigError, match=r"sizes from 2 .BN has no variance of one sample. to 1000, got 1$"):
+        Batches(sizes=(1, 60))
+    with pytest.raises(ConfigError, match=r"to 1000, got 1001$"):
+        StudyConfig.from_toml("[batches]\nsizes = [2, 1001]")
+    with pytest.raises(ConfigError, match=r"groups that divide 100 units, got 7$"):
+        Batches(groups=7)
 
 
 def test_what_is_compared_is_trained_alike():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from batchnorm import ConfigError
 from batchnorm.study import data, sections
 from batchnorm.study.config import PRESETS, StudyConfig
 from batchnorm.study.records import Records
@@ -65,6 +66,12 @@ def test_the_runs_have_names_of_their_own_and_keep_them():
         f"domains/{norm}/seed={seed}" for seed in range(3) for norm in ("none", "batch")
     ]
     assert all(run.cost > 0 for run in runs)
+
+
+def test_statistics_of_too_few_or_too_many_images_are_refused():
+    for few in (1, 301):
+        with pytest.raises(ConfigError, match=f"domains.few from 2 to 300 images, got {few}$"):
+            StudyConfig.from_toml(f"[domains]\nfew = {few}")
 
 
 @pytest.fixture(scope="module")

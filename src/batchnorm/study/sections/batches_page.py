@@ -13,6 +13,7 @@ from batchnorm.study.sections.batches import APART, COMPARED, RECALIBRATION, SET
 from batchnorm.study.sections.batches_found import Found, found_in, middle
 from batchnorm.study.sections.deep import STUCK
 from batchnorm.study.sections.headline_page import NOISE
+from batchnorm.study.settings.batches import WIDTH
 from batchnorm.study.wording import listed, ranged_share, share, short
 
 
@@ -164,7 +165,7 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "network": "64 - 3 x 100 ReLU - 10, He normal weights, biases 0, normalization before the ReLU",
         "normalizations": (
             f"none; BN, Batch Renorm (r to 3, d to 5) and ghosts of {wanted.ghost}, with momentum .1; GroupNorm with "
-            f"{wanted.groups} groups of {100 // wanted.groups} units"
+            f"{wanted.groups} groups of {WIDTH // wanted.groups} units"
         ),
         "sizes": f"{listed(wanted.sizes)}: plain SGD at the rate {short(wanted.lr)}, {wanted.steps} steps at each",
         "batches of one class": (

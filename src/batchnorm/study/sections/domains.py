@@ -34,8 +34,6 @@ SHIFTS = {
     "blur": "blur",
     "moved": "displacement",
 }
-# The unlabelled images that adaptations see: the validation part.
-TARGET = 300
 # Normalization undoes what shifts or scales all of an image alike: w (a x + c) + b has the same standardized values.
 EXACT = ("brightness", "contrast")
 COSTS = {"none": 0.0006, "batch": 0.0011}

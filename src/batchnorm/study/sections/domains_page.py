@@ -10,8 +10,9 @@ from batchnorm.study import sections
 from batchnorm.study.config import StudyConfig
 from batchnorm.study.document import Cell, Figure, Section, Spread, Table
 from batchnorm.study.records import Records
-from batchnorm.study.sections.domains import EXACT, SHIFTS, TARGET, accuracy, accuracy_by_seed
+from batchnorm.study.sections.domains import EXACT, SHIFTS, accuracy, accuracy_by_seed
 from batchnorm.study.sections.headline_page import NOISE
+from batchnorm.study.settings.domains import TARGET
 from batchnorm.study.wording import Role, bars, listed, ranged_share, rounded, share, short
 
 # The columns of the table: net, way, title.
