@@ -8,8 +8,8 @@ Every implementation (the reference, C++, Triton) has these signatures and keeps
   real positions only; y, dx and the residual's gradient are zero elsewhere, whatever stands there (NaN too).
 - Statistics (``mean``, ``var``, ``invstd``, ``m2``, the sums) are (C,) and ``count`` is (), all of
   :func:`statistics_dtype`: a float32 mean of 1e4 is wrong by 5e-4 standard deviations before any kernel has begun.
-  They are accurate to rounding; of float16 and bfloat16 data, to that of float32, because kernels may add a few such
-  values in float32 first.
+  They are accurate to rounding; of float16 and bfloat16 data, and of float32 on a GPU, to that of float32, because
+  kernels may add a few such values in float32 first.
 - ``var`` is the biased variance m2 / count. Where count is 0, mean, m2 and var are 0.
 - ``weight`` and ``bias`` are (C,) or None, which stand for 1 and 0; ``residual`` has x's shape.
 - ``activation`` is one of :data:`ACTIVATIONS` and is applied to z = weight * x_hat + bias + residual.
