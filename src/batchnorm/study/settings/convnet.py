@@ -21,4 +21,4 @@ class Convnet:
 
 
 QUICK = Convnet(width=8, steps=120, deep_depth=2)
-FULL = Convnet(lrs=(0.1, 0.3, 1.0), deep_depth=4, deep_lrs=(0.03, 0.1, 0.3), steps=500)
+FULL = Convnet(lrs=(0.1, 0.3), deep_lrs=(0.1, 0.3), steps=400)

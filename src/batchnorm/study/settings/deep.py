@@ -30,20 +30,20 @@ class Deep:
 
 
 QUICK = Deep(
-    steps=400,
-    batch_steps=150,
+    steps=300,
+    batch_steps=100,
     plain_depths=(2, 4),
     wide_depths=(6,),
     batch_depths=(2, 12),
-    depth_steps=400,
+    depth_steps=300,
 )
 FULL = Deep(
-    lrs=(0.3, 1.0, 3.0, 10.0),
+    lrs=(0.3, 1.0, 3.0),
     steps=2000,
     batch_steps=500,
     plain_depths=(2, 3, 4, 5),
-    wide_depths=(4, 6, 8, 10, 12),
-    batch_depths=(2, 4, 8, 12, 20, 40),
+    wide_depths=(4, 6, 8, 12),
+    batch_depths=(2, 8, 20, 40),
     batch_lrs=(0.1, 0.3),
-    depth_steps=1500,
+    depth_steps=1000,
 )
