@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install run test lint types format bench sanitize neon docs clean
+.PHONY: help install run test lint types format bench sanitize neon docs site clean
 
 help: ## print the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -19,8 +19,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Anew only when what it depends on has changed. The second step builds the extension against the torch of the first.
-$(INSTALLED): requirements/dev.txt requirements/peers.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+$(INSTALLED): requirements/dev.txt requirements/docs.txt requirements/peers.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt -r requirements/docs.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -55,8 +55,14 @@ sanitize: ## run the kernels under the address, undefined-behaviour and thread s
 neon: ## run the kernels for 64-bit Arm, in an emulator (skipped where there is no cross-compiler)
 	csrc/tests/run.sh neon
 
-docs: $(INSTALLED) ## regenerate the picture of the report that the README shows
+docs: $(INSTALLED) ## regenerate what the pages show: the tutorial's outputs and figures, the README's picture; then the site
+	$(BIN)/python docs/_site/executed.py
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python docs/picture.py
+	$(MAKE) site
+
+site: $(INSTALLED) ## build the documentation into build/site, strictly
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo build/site/index.html
 
 clean: ## remove .venv, builds and runs
 	rm -rf $(VENV) build runs src/batchnorm/_C*.so src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,13 +16,14 @@ from typing import Any
 
 import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "README.md": "index.md"}
 FOLDERS = {"docs/rules": "doctor.md"}
 LINK = re.compile(r"(?P<text>\[(?:[^\[\]]|\[[^\]]*\])*\])\((?P<target>[^()\s#]+)(?P<anchor>#[^()\s]*)?\)")
+LINE = re.compile(r'<a class="line-(?P<line>\d+)" href="(?P<where>[^"]*)">')
 MATH = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">(?:\\\((?P<inline>.*?)\\\)|\\\[(?P<block>.*?)\\\])</(?P=tag)>', re.DOTALL
 )
@@ -44,7 +45,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for target in sorted(wanted):
         path = ROOT / target
         if path.suffix == ".py":
-            files.append(File.generated(config, _page_of(target), content=_code_page(target, path)))
+            shown = InclusionLevel.INCLUDED if target.startswith("examples/") else InclusionLevel.NOT_IN_NAV
+            page = File.generated(config, _page_of(target), content=_code_page(target, path), inclusion=shown)
+            files.append(page)
         else:
             files.append(File.generated(config, target, abs_src_path=str(path)))
     return files
@@ -60,22 +63,25 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         anchor = match["anchor"] or ""
         path = ROOT / target
         if path.suffix == ".py" and (line := _line_of(path, match["text"].strip("[]`"))) is not None:
-            anchor = f"#__codelineno-0-{line}"
+            # Anchors of lines are unknown to mkdocs, which would warn: the address gets its own in on_page_content.
+            anchor, attributes = "", f"{{ .line-{line} }}"
+        else:
+            attributes = ""
         where = posixpath.relpath(_page_of(target), posixpath.dirname(page.file.src_uri) or ".")
-        return f"{match['text']}({where}{anchor})"
+        return f"{match['text']}({where}{anchor}){attributes}"
 
     return LINK.sub(turned, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Draw formulas."""
+    """Draw formulas; lead links to code to its line."""
 
     def drawn(match: re.Match[str]) -> str:
         block = match["inline"] is None
         source = html.unescape(match["block"] if block else match["inline"])
         return latex2mathml.converter.convert(source.strip(), display="block" if block else "inline")
 
-    return MATH.sub(drawn, content)
+    return LINE.sub(r'<a href="\g<where>#__codelineno-0-\g<line>">', MATH.sub(drawn, content))
 
 
 def _in_repository(page: str, target: str) -> str | None:
