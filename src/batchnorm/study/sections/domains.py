@@ -32,7 +32,7 @@ SHIFTS = {
     "contrast": "low contrast",
     "noise": "noise",
     "blur": "blur",
-    "moved": "displacement",
+    "moved": "one-pixel displacement",
 }
 # Normalization undoes what shifts or scales all of an image alike: w (a x + c) + b has the same standardized values.
 EXACT = ("brightness", "contrast")

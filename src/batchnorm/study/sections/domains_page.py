@@ -217,7 +217,7 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "low contrast": f"every pixel x {short(wanted.contrast)}",
         "noise": f"Gaussian, deviation {short(wanted.noise)}, independent for each pixel",
         "blur": "the mean of the 3 x 3 pixels around each",
-        "displacement": "one pixel to the right",
+        "one-pixel displacement": "to the right",
         "AdaBN": (
             f"bn.adapt(model, batches) with the {TARGET} validation images, changed likewise, without labels; "
             f"few: {wanted.few} of them, the mean of {wanted.draws} draws"
