@@ -16,6 +16,7 @@ DOCS = Path(__file__).parents[2] / "docs"
     [
         ("../README.md", 2),
         ("data.md", 5),
+        ("compare.md", 4),
         ("doctor.md", 2),
         ("layers.md", 10),
         ("whitening.md", 3),

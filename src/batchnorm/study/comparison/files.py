@@ -196,18 +196,25 @@ def _images(path: str, files: list[str], batch_size: int, size: int | None, stan
     pixels, told = _decoded(files, size)
     label = os.path.basename(os.path.normpath(path))
     notes = [f"{len(files)} images of {len(names)} classes ({listed(names)}), {told}."]
-    parts: Mapping[str, Tensor] = opening.split(target, len(names), label)
     where = [_FOLDERS[place[0].lower()] for place in places] if in_parts else []
     if set(where) == {0, 1, 2}:
-        parts = {name: torch.as_tensor([i for i, p in enumerate(where) if p == n]) for n, name in enumerate(PARTS)}
+        parts: Mapping[str, Tensor] = {name: torch.as_tensor([i for i, p in enumerate(where) if p == n]) for n, name in enumerate(PARTS)}
         notes.append("The folders name the parts: train, validation, test.")
+    else:
+        parts = opening.split(target, len(names), label)
+        shares = ", ".join(f"{len(parts[part])} for {part}" for part in PARTS)
+        notes.append(f"The images are split once, with the classes in proportion: {shares}.")
     inputs = pixels.float() / 255
     if standardize:
         train = inputs[parts["train"]]
         mean, std = train.mean((0, 2, 3), keepdim=True), train.std((0, 2, 3), keepdim=True).clamp_min(1e-6)
         inputs = (inputs - mean) / std
         notes.append("Each channel is standardized by the training part.")
-    return opening.of_arrays((inputs,), target, batch_size, label, "folder", "classification", notes, parts)
+    notes.append("The folders are the classes: classification, by cross-entropy.")
+    opening.check_parts(parts, label)
+    return ArrayData(
+        (inputs,), target, parts, batch_size, label=label, notes=notes, task="classification", classes=len(names)
+    )
 
 
 def _decoded(files: list[str], size: int | None) -> tuple[Tensor, str]:

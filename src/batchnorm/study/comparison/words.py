@@ -62,7 +62,8 @@ def amount(config: CompareConfig, found: Interval) -> str:
     factor = 100 if points else 1
 
     def one(number: float) -> str:
-        return f"{factor * number:+.1f}" if points else f"{number:+.3g}"
+        # Few seeds give intervals that are wider than what there is.
+        return f"{factor * min(max(number, -1.0), 1.0):+.1f}" if points else f"{number:+.3g}"
 
     unit = " points" if points else ""
     if found.low is None or found.high is None:
