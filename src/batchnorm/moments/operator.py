@@ -5,8 +5,9 @@ are float64 of shape (C,): ``count``, ``mean``, ``mean_low`` and ``m2`` as in :c
 the extremes ``low`` and ``high``, +inf and -inf where there are none. A row without weight does not count, whatever it
 holds. NaN is no extreme; from the others it is left out with ``skip_nan``, and spoils its channel without.
 
-The C++ kernel (csrc/features.cpp) reads the memory once, in blocks that it merges by Chan's formulas.
-:func:`reference` is the textbook's two passes in plain torch, for every device.
+The C++ kernel (csrc/features.cpp) reads the memory once, in blocks that it merges by Chan's formulas; so does the kernel
+for GPUs (:mod:`batchnorm.moments.cuda`), of (N, C). :func:`reference` is the textbook's two passes in plain torch, for
+every device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from batchnorm import _gpu
 from batchnorm._library import NAMESPACE, load
 from batchnorm.moments.blocks import cut_blocks, two_sum
 
@@ -83,6 +85,9 @@ _registrations = torch.library.Library(NAMESPACE, "FRAGMENT")
 _registrations.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _registrations.impl("moments", reference, "CompositeExplicitAutograd")
 torch.library.register_fake(f"{NAMESPACE}::moments", _fake, lib=_registrations)
+ON_CUDA = _gpu.routed("batchnorm.moments.cuda", "moments", reference, 0, (*_gpu.DTYPES, torch.float64))
+"""What CUDA tensors get."""
+_gpu.register(_registrations, "moments", ON_CUDA)
 load()
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed (pip install batch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles nothing in the interpreter", allow_module_level=True)
 
+from batchnorm.moments import cuda
 from ops.triton.compiling import Compiled, compile_launch
 
 WAITING = r"\.acquire\.|\.acquire\b"
@@ -172,6 +173,16 @@ def test_other_cards(capability: int, shape: str, launches: list[Launched]) -> N
     steps(data(shape, torch.bfloat16), "relu", added=True, masked=False)
     for launched in launches:
         check(launched, capability)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_moments_compile(dtype: torch.dtype) -> None:
+    x = torch.empty(8192, 256, dtype=dtype)
+    weights, partial = torch.ones(8192, dtype=torch.float64), torch.empty(6, 16, 256, dtype=torch.float64)
+    arguments = {"x": x, "weights": weights, "partial": partial, "rows": 8192, "stride": 256, "splits": 16}
+    arguments |= {"features": 256, "WEIGHTED": True, "SKIP_NAN": True, "A": cuda._ROWS, "B": cuda._FEATURES}
+    made = compile_launch(cuda.sums, arguments, {"num_warps": 8}, 90)
+    assert made.spilled == 0
 
 
 def test_two_launches_compile(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
