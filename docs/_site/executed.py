@@ -75,7 +75,7 @@ def differs(expected: str, got: str, tolerance: float) -> str | None:
     for a, b in zip(NUMBER.findall(expected), NUMBER.findall(got), strict=True):
         mantissa, _, exponent = a.partition("e")
         digit = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-        if abs(float(a) - float(b)) > tolerance * abs(float(a)) + digit:
+        if abs(float(a) - float(b)) > tolerance * abs(float(a)) + 1.001 * digit:
             return f"expected {a}, got {b}"
     return None
 
