@@ -37,11 +37,14 @@ class Panel:
 class Plot:
     """A figure, ready for the page.
 
-    ``flipped`` tells that bars lie, so that the axes' labels change places; ``height`` is then what they need, in
-    pixels. ``scale`` holds the ends of the colours that several grids share.
+    ``figure`` is what is drawn, on the scale of its group. ``keys`` are the colours of all series, ``legend`` those
+    that the page names. ``flipped`` tells that bars lie, so that the axes' labels change places; ``height`` is then
+    what they need, in pixels. ``scale`` holds the ends of the colours that several grids share.
     """
 
+    figure: Figure
     panels: tuple[Panel, ...]
+    keys: tuple[Key, ...]
     legend: tuple[Key, ...]
     flipped: bool
     height: int | None
@@ -88,7 +91,9 @@ def plot(figure: Figure, group: Sequence[Figure] = ()) -> Plot:
         panels = (Panel("", *_checked(data, layout_of(figure, flipped))),)
     legend = tuple(key for series, key in zip(figure.series, keys, strict=True) if series.z is None)
     return Plot(
+        figure,
         panels,
+        tuple(keys),
         legend if len(legend) > 1 else (),
         flipped,
         height_of(figure.series) if flipped else None,
@@ -102,7 +107,9 @@ def _keys(figure: Figure) -> list[Key]:
     for index, series in enumerate(figure.series):
         turn = seen[series.role]
         seen[series.role] += 1
-        dash = "dash" if series.dash else _DASHES[turn // len(palette.ROLES[series.role]) % len(_DASHES)]
+        # Those of other kinds have nothing but their hue in common with themselves: each gets a dash as well.
+        step = turn if series.role == "other" else turn // len(palette.ROLES[series.role])
+        dash = "dash" if series.dash else _DASHES[step % len(_DASHES)]
         mark = {"lines": "line", "bars": "bar"}.get(figure.kind, "point")
         keys.append(Key(index, series.name, palette.shade(series.role, turn), mark, dash))
     return keys

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import gzip
 import re
 import shlex
 from collections.abc import Sequence
@@ -9,22 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from batchnorm._errors import BatchnormError, MissingDependencyError, OutputError
-from batchnorm.report import palette
+from batchnorm._errors import BatchnormError, ConfigError, MissingDependencyError, OutputError
+from batchnorm.report import behind, palette
 from batchnorm.report.figures import Plot, peers, plot
 from batchnorm.report.headline import headline
 from batchnorm.report.numbers import column, duration, is_numeric, plain
+from batchnorm.report.stills import still
 from batchnorm.study.document import Cell, Figure, Section, Summary, Table
 from batchnorm.study.records import write_whole
 
 PAGE = "report.html"
+RECORDS = "records.jsonl"
 # Cells up to this many characters are not broken over lines.
 _BRIEF = 20
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as text; ``styles`` has a class for each column (numbers flush right), ``gaps`` tells of empty cells."""
+    """A table as text; ``styles`` has a class for each column (numbers flush right), ``gaps`` tells of empty cells,
+    ``csv`` is a link to the numbers themselves."""
 
     title: str
     columns: tuple[str, ...]
@@ -32,6 +38,7 @@ class Grid:
     styles: tuple[str, ...]
     note: str
     gaps: bool
+    csv: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,26 +51,30 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
+    """A section with its plots, row by row, and its tables."""
+
     id: str
     section: Section
     rows: tuple[tuple[Drawn, ...], ...]
     tables: tuple[Grid, ...]
 
 
-def build(summary: Summary, out: Path) -> Path:
+def build(summary: Summary, out: Path, records: Path | None = None) -> Path:
     """Write the page of ``summary`` to ``out`` and return its path.
 
-    ``out`` is a file; its folder must exist. The page is written beside it and renamed over it when whole.
+    ``out`` is a file; its folder must exist. The page is written beside it and renamed over it when whole. ``records``
+    is the file of the run's records, which the page offers as CSV; by default the one that lies beside ``out``.
 
     Raises:
-        MissingDependencyError: plotly or jinja2 is not installed.
+        MissingDependencyError: plotly, matplotlib or jinja2 is not installed.
+        RecordsError: the records are damaged.
         OutputError: the file cannot be written.
     """
     out = Path(out)
     if out.is_dir():
         raise OutputError(f"expected a file for the page, got the folder {out}: name a file in it, e.g. {out / PAGE}")
-    write_whole(out, render(summary).encode())
+    write_whole(out, render(summary, out.with_name(RECORDS) if records is None else records).encode())
     return out
 
 
@@ -76,15 +87,30 @@ def rebuild(run_folder: Path, out: Path | None = None) -> Path:
         RecordsError: ``run_folder`` is not a run, or its records are damaged.
         MissingDependencyError, OutputError: as :func:`build`.
     """
+    run_folder = Path(run_folder)
+    return build(summary_of(run_folder), run_folder / PAGE if out is None else out, run_folder / RECORDS)
+
+
+def summary_of(run_folder: Path) -> Summary:
+    """The document of a run from its records; where another version wrote the configuration, as it was saved.
+
+    Raises:
+        RecordsError: ``run_folder`` is not a run, or its records are damaged.
+        ConfigError: its configuration cannot be read, and no document of it was saved.
+    """
     from batchnorm.study import load_summary, summarise
 
-    run_folder = Path(run_folder)
     try:
-        command = load_summary(run_folder).command
+        saved = load_summary(run_folder)
     except BatchnormError:
         # An interrupted study has written none.
-        command = saved_command(run_folder)
-    return build(summarise(run_folder, command=command), run_folder / PAGE if out is None else out)
+        saved = None
+    try:
+        return summarise(run_folder, command=saved.command if saved else saved_command(run_folder))
+    except ConfigError:
+        if saved is None:
+            raise
+        return saved
 
 
 def saved_command(run_folder: Path) -> str:
@@ -92,13 +118,14 @@ def saved_command(run_folder: Path) -> str:
     return shlex.join(["batchnorm", "study", "--config", str(run_folder / "config.toml")])
 
 
-def render(summary: Summary) -> str:
-    """The page of ``summary`` as text.
+def render(summary: Summary, records: Path | None = None) -> str:
+    """The page of ``summary`` as text, with the records of the file ``records`` to download.
 
     Raises:
-        MissingDependencyError: plotly or jinja2 is not installed.
+        MissingDependencyError: plotly, matplotlib or jinja2 is not installed.
+        RecordsError: the records are damaged.
     """
-    parts = _parts(summary.sections)
+    parts = parts_of(summary.sections)
     top = headline(summary)
     return fill(
         "page.html.j2",
@@ -109,9 +136,10 @@ def render(summary: Summary) -> str:
         overview=grid(summary.overview),
         parts=parts,
         environment=[(key, plain(value)) for key, value in summary.environment.items()],
-        config=list(_flat(summary.config)),
+        config=list(flat(summary.config)),
         duration=duration(summary.seconds),
         plain=plain,
+        records=behind.records_link(records),
     )
 
 
@@ -119,7 +147,7 @@ def fill(template: str, figures: Sequence[Drawn], **values: Any) -> str:
     """A page of ``template`` with ``values``, the plots of ``figures``, and what every page has inside.
 
     Raises:
-        MissingDependencyError: plotly or jinja2 is not installed.
+        MissingDependencyError: plotly, matplotlib or jinja2 is not installed.
     """
     environment = _environment()
     return str(
@@ -146,13 +174,30 @@ def _environment() -> Any:
             "the report's page needs jinja2, which is not installed: pip install 'batchnorm[report]'"
         ) from error
     # Every string is escaped; only the page's own style and script and plotly's are put in as they are.
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("batchnorm.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.globals.update(still=_still, data=_data, csv=_csv)
+    return made
+
+
+def _still(drawn: Drawn) -> Any:
+    import markupsafe
+
+    # matplotlib has escaped what the figure says.
+    return markupsafe.Markup(still(drawn.plot.figure, drawn.plot.keys, drawn.plot.flipped, drawn.id))
+
+
+def _data(drawn: Drawn) -> list[Grid]:
+    return [dataclasses.replace(grid(table), csv="") for table in behind.tables(drawn.figure)]
+
+
+def _csv(drawn: Drawn) -> str:
+    return behind.link(*behind.rows(drawn.figure))
 
 
 def _raw(environment: Any, name: str) -> Any:
@@ -162,19 +207,19 @@ def _raw(environment: Any, name: str) -> Any:
     return markupsafe.Markup(text)
 
 
-def _plotly() -> Any:
-    import markupsafe
-
+def _plotly() -> str:
+    """plotly's library, packed to a third. The page's script unpacks it; where it cannot, stills stand in."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise MissingDependencyError(
             "the report's page needs plotly, which is not installed: pip install 'batchnorm[report]'"
         ) from error
-    return markupsafe.Markup(get_plotlyjs())
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 6, mtime=0)).decode()
 
 
-def _parts(sections: Sequence[Section]) -> list[_Part]:
+def parts_of(sections: Sequence[Section]) -> list[Part]:
+    """The sections with their plots and tables, each with an anchor of its own."""
     taken: set[str] = {"top", "overview", "environment"}
     parts = []
     for section in sections:
@@ -183,7 +228,7 @@ def _parts(sections: Sequence[Section]) -> list[_Part]:
             for group in peers(section.figures)
         )
         tables = tuple(grid(item) for item in section.tables)
-        parts.append(_Part(_anchor(section.name, taken), section, rows, tables))
+        parts.append(Part(_anchor(section.name, taken), section, rows, tables))
     return parts
 
 
@@ -199,6 +244,7 @@ def grid(table: Table) -> Grid:
         styles=("", *(_style(cells, shown) for cells, shown in zip(columns[1:], texts[1:], strict=True))),
         note=table.note,
         gaps=any(cell is None for row in table.rows for cell in row),
+        csv=behind.link(table.columns, table.rows),
     )
 
 
@@ -220,10 +266,11 @@ def _anchor(name: str, taken: set[str]) -> str:
     return anchor
 
 
-def _flat(config: Any, prefix: str = "") -> Any:
+def flat(config: Any, prefix: str = "") -> Any:
+    """Names and values of a configuration as text: ``headline.lrs``, ``0.3, 1, 2``."""
     for key, value in config.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             is_list = isinstance(value, list | tuple)
             yield f"{prefix}{key}", ", ".join(plain(item) for item in value) if is_list else plain(value)

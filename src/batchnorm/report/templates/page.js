@@ -1,7 +1,13 @@
 "use strict";
 (() => {
   const root = document.documentElement;
-  const specs = JSON.parse(document.getElementById("plots").textContent);
+  const text = (id) => document.getElementById(id).textContent;
+  // Base64 of compressed text, as text.
+  const unpacked = async (packed) => {
+    const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  };
+  const specs = JSON.parse(text("plots"));
   const touch = matchMedia("(pointer: coarse)").matches;
 
   // A figure names its colours as var(--batch-0); plotly wants the colours themselves.
@@ -18,24 +24,24 @@
   };
 
   // The picture to keep has what the page says around the plot: title, legend, names of the axes.
-  const save = {
+  const save = () => ({
     name: "save", title: "Save as picture", icon: Plotly.Icons.camera,
     click: (plot) => {
       const { title, across, up } = plot.closest("figure").dataset;
-      const text = (value) => ({ text: value.replace(/&/g, "&amp;").replace(/</g, "&lt;") });
+      const said = (value) => ({ text: value.replace(/&/g, "&amp;").replace(/</g, "&lt;") });
       const layout = {
         ...plot.layout, width: undefined, height: undefined, autosize: false, showlegend: true,
-        title: text(title), margin: { l: 60, r: 20, t: 60, b: 50 },
+        title: said(title), margin: { l: 60, r: 20, t: 60, b: 50 },
         paper_bgcolor: getComputedStyle(root).getPropertyValue("--surface").trim(),
-        xaxis: { ...plot.layout.xaxis, title: text(across) }, yaxis: { ...plot.layout.yaxis, title: text(up) },
+        xaxis: { ...plot.layout.xaxis, title: said(across) }, yaxis: { ...plot.layout.yaxis, title: said(up) },
       };
       Plotly.downloadImage({ data: plot.data, layout }, { format: "png", width: 1000, height: 600, scale: 2, filename: plot.id });
     },
-  };
-  const config = {
+  });
+  const config = () => ({
     responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", scrollZoom: false,
-    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"], [save]],
-  };
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"], [save()]],
+  });
 
   const hidden = (plot) => new Set([...plot.closest("figure").querySelectorAll('.keys [aria-pressed="false"]')].map((key) => key.dataset.series));
 
@@ -48,7 +54,7 @@
     for (const trace of data) if (off.has(String(trace.meta?.series))) trace.visible = false;
     // On a touch screen a finger that drags over a plot scrolls the page.
     layout.dragmode = touch ? false : "zoom";
-    await Plotly.react(plot, data, layout, config);
+    await Plotly.react(plot, data, layout, config());
   };
 
   const drawAll = async () => {
@@ -68,8 +74,21 @@
     }
     root.dataset.plots = "drawn";
   };
-  let drawing = drawAll();
+  const load = async () => {
+    if (!("live" in root.dataset)) throw new Error("this browser shows stills");
+    const library = document.createElement("script");
+    library.textContent = await unpacked(text("plotly"));
+    document.head.append(library);
+    library.remove();
+    if (!window.Plotly) throw new Error("the plots' library did not start");
+  };
+  let drawing = load().then(drawAll, (error) => {
+    console.warn(error.message);
+    delete root.dataset.live;
+    root.dataset.plots = "stills";
+  });
   const redraw = () => {
+    if (!("live" in root.dataset)) return;
     delete root.dataset.plots;
     drawing = drawing.then(drawAll);
   };
@@ -111,6 +130,32 @@
     });
   }
 
+  // Compressed files are for readers without a script; others get what any program opens.
+  for (const packed of "live" in root.dataset ? document.querySelectorAll('a[download$=".csv.gz"]') : []) {
+    packed.addEventListener("click", async (event) => {
+      event.preventDefault();
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([await unpacked(packed.href.split(",")[1])], { type: "text/csv" }));
+      link.download = packed.download.replace(/\.gz$/, "");
+      link.click();
+      setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+    });
+  }
+
+  // On a narrow screen the table of contents is a button that says where the reader is, and unfolds.
+  const contents = document.getElementById("contents");
+  const toc = contents.closest(".toc");
+  const unfold = (open) => {
+    contents.setAttribute("aria-expanded", String(open));
+    toc.classList.toggle("open", open);
+  };
+  contents.hidden = false;
+  toc.classList.add("folds");
+  contents.addEventListener("click", () => unfold(contents.getAttribute("aria-expanded") === "false"));
+  toc.addEventListener("click", (event) => { if (event.target.closest("a")) unfold(false); });
+  toc.addEventListener("keydown", (event) => { if (event.key === "Escape") { unfold(false); contents.focus(); } });
+  document.addEventListener("click", (event) => { if (!toc.contains(event.target)) unfold(false); });
+
   // The table of contents follows the reader.
   const links = new Map([...document.querySelectorAll(".toc a")].map((link) => [link.hash.slice(1), link]));
   const sections = [...links.keys()].map((id) => document.getElementById(id));
@@ -123,13 +168,14 @@
     current?.removeAttribute("aria-current");
     link.setAttribute("aria-current", "location");
     current = link;
-    const strip = link.closest("ol");
-    if (strip.scrollWidth > strip.clientWidth) strip.scrollTo({ left: link.offsetLeft - strip.clientWidth / 3 });
+    contents.querySelector(".current").textContent = link.textContent;
+    // Where the list is longer than the screen, the place stays in sight.
+    if (toc.scrollHeight > toc.clientHeight) toc.scrollTo({ top: link.offsetTop - toc.clientHeight / 2 });
   };
   addEventListener("scroll", follow, { passive: true });
   addEventListener("resize", follow, { passive: true });
   follow();
 
-  // What is folded away on the screen is open on paper.
-  addEventListener("beforeprint", () => { for (const item of document.querySelectorAll("details")) item.open = true; });
+  // What is folded away on the screen is open on paper, but for the numbers behind the plots.
+  addEventListener("beforeprint", () => { for (const item of document.querySelectorAll("details:not(.data)")) item.open = true; });
 })();
