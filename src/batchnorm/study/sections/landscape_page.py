@@ -41,15 +41,15 @@ def _relative_shifts(look: Look) -> list[float | None]:
     return [_ratio(shift, size) for shift, size in zip(look["shifts"], look["gradients"], strict=True)]
 
 
-RANGE = Measure("range of the loss along the gradient", lambda look: [_width(look)])
-CHANGE = Measure("change of the gradient along it", lambda look: [look["change"]])
-SMOOTH = Measure("change of the gradient for the way (smoothness)", lambda look: [look["smoothness"]])
-SHIFT = Measure("gradient form of covariate shift", lambda look: list(look["shifts"]), per_layer=True)
+RANGE = Measure("loss range", lambda look: [_width(look)])
+CHANGE = Measure("gradient change", lambda look: [look["change"]])
+SMOOTH = Measure("beta of smoothness", lambda look: [look["smoothness"]])
+SHIFT = Measure("covariate shift", lambda look: list(look["shifts"]), per_layer=True)
 MEASURES = (
     RANGE,
-    Measure("range of the loss / loss", lambda look: [_ratio(_width(look), look["loss"])]),
+    Measure("loss range / loss", lambda look: [_ratio(_width(look), look["loss"])]),
     CHANGE,
-    Measure("change of the gradient / gradient", lambda look: [_ratio(look["change"], look["gradient"])]),
+    Measure("gradient change / gradient", lambda look: [_ratio(look["change"], look["gradient"])]),
     SMOOTH,
     SHIFT,
     Measure("covariate shift / gradient", _relative_shifts, per_layer=True),
@@ -107,7 +107,7 @@ def section(config: StudyConfig, records: Records) -> Section | None:
         does_not_show=tuple(_does_not_show(config, records, seen, found)),
         setup=_setup(config),
         figures=tuple(_figures(records, seen, found)),
-        tables=(_table(seen, found),),
+        tables=tuple(_table(seen, found, half) for half in HALVES),
     )
 
 
@@ -218,9 +218,11 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "training": f"plain SGD, batch {config.batch}",
         "looked at": f"every {wanted.every} steps, on a training batch of its own, in train mode "
         "(batchnorm.probes.landscape)",
-        "along the gradient": "steps of 1/2, 1, 2 and 4 learning rates",
-        "covariate shift": f"how much the gradient of a layer changes when those before it take their step; "
-        f"{wanted.shifts} layers a net",
+        "loss range": "of steps of 1/2, 1, 2 and 4 learning rates along the gradient",
+        "gradient change": "the largest change of the gradient over these steps (its predictiveness)",
+        "beta of smoothness": "the largest change of the gradient for the way in the space of parameters",
+        "covariate shift": "its gradient form: how much the gradient of a layer changes when those before it take their "
+        f"step; {wanted.shifts} layers a net",
         "numbers": "median over the looks of a half, for each seed",
         "seeds": listed(config.seed_list()),
     }
@@ -244,9 +246,10 @@ def _figures(records: Records, seen: list[Pair], found: Found) -> Iterator[Figur
             "step",
             "cross-entropy",
             tuple(series),
-            "The line is the loss of a batch, the band what it becomes 1/2 to 4 learning rates along the gradient "
-            f"(seed {min(_runs(records, pair, 'none'))}).",
+            "The line is the loss of a batch, the band what it becomes 1/2 to 4 learning rates along the gradient, "
+            f"on a logarithmic axis (seed {min(_runs(records, pair, 'none'))}).",
             f"The loss and its range along the gradient over the steps, {pair.title}, without BN and with it.",
+            log_y=True,
         )
     series = []
     roles: tuple[Role, ...] = ("data-a", "data-b", "other")
@@ -269,13 +272,12 @@ def _figures(records: Records, seen: list[Pair], found: Found) -> Iterator[Figur
     )
 
 
-def _table(seen: list[Pair], found: Found) -> Table:
+def _table(seen: list[Pair], found: Found, half: str) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for pair in seen:
-        for half in HALVES:
-            for measure in MEASURES:
-                item = found[pair.case, half, measure.name]
-                cells = (rounded(item.plain.median), rounded(item.batch.median), *triple(item.ratios))
-                rows.append((pair.title, half, measure.name, *cells, item.falls, item.count))
-    columns = ("Net", "Steps", "Measure", "Without", "BN", "BN / without", "Low", "High", "Less in", "Of")
-    return Table("Around the nets", columns, tuple(rows), "Medians; of covariate shift, over seeds and layers.")
+        for measure in MEASURES:
+            item = found[pair.case, half, measure.name]
+            cells = (rounded(item.plain.median), rounded(item.batch.median), *triple(item.ratios))
+            rows.append((pair.title, measure.name, *cells, f"{item.falls} of {item.count}"))
+    columns = ("Net", "Measure", "Without", "BN", "BN / without", "Low", "High", "Less in")
+    return Table(f"Around the nets, {half} of the steps", columns, tuple(rows), "Medians; of shift, over layers too.")
