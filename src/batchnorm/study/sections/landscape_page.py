@@ -221,7 +221,7 @@ def _setup(config: StudyConfig) -> dict[str, Cell]:
         "loss range": "of steps of 1/2, 1, 2 and 4 learning rates along the gradient",
         "gradient change": "the largest change of the gradient over these steps (its predictiveness)",
         "beta of smoothness": "the largest change of the gradient for the way in the space of parameters",
-        "covariate shift": "its gradient form: how much the gradient of a layer changes when those before it take their "
+        "covariate shift": "its gradient form: how much the gradient of a layer changes when those before take their "
         f"step; {wanted.shifts} layers a net",
         "numbers": "median over the looks of a half, for each seed",
         "seeds": listed(config.seed_list()),

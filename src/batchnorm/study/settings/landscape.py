@@ -17,12 +17,12 @@ class Landscape:
     layers: int = 3
     deep_layers: int = 8
     sigmoid_lr: float = 2.0
-    sigmoid_steps: int = 500
+    sigmoid_steps: int = 480
     relu_lr: float = 0.1
     relu_steps: int = 200
     every: int = 20
     shifts: int = 3
 
 
-QUICK = Landscape(sigmoid_steps=100, relu_steps=60)
+QUICK = Landscape(sigmoid_steps=100, relu_steps=50)
 FULL = Landscape(sigmoid_steps=1200, relu_steps=500)

@@ -25,6 +25,6 @@ FULL = Whitening(
     groups=(2, 4, 20),
     eigen_groups=(4, 20),
     sigmoid_lrs=(1.0, 2.0),
-    relu_lrs=(0.1, 0.3),
+    relu_lrs=(0.1,),
     steps=160,
 )
