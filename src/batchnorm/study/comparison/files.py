@@ -198,7 +198,9 @@ def _images(path: str, files: list[str], batch_size: int, size: int | None, stan
     notes = [f"{len(files)} images of {len(names)} classes ({listed(names)}), {told}."]
     where = [_FOLDERS[place[0].lower()] for place in places] if in_parts else []
     if set(where) == {0, 1, 2}:
-        parts: Mapping[str, Tensor] = {name: torch.as_tensor([i for i, p in enumerate(where) if p == n]) for n, name in enumerate(PARTS)}
+        parts: Mapping[str, Tensor] = {
+            name: torch.as_tensor([i for i, p in enumerate(where) if p == n]) for n, name in enumerate(PARTS)
+        }
         notes.append("The folders name the parts: train, validation, test.")
     else:
         parts = opening.split(target, len(names), label)

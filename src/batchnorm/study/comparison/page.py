@@ -69,10 +69,12 @@ def overview(config: CompareConfig, found: Records, verdict: Verdict, done: bool
                 megabytes(memory(found, name)),
             )
         )
-    notes = [verdict.text]
+    note = f"Test {config.metric} where validation is best, the median over seeds."
+    if verdict.mark is not None:
+        note += f" The mark is validation {config.metric} {value(config, verdict.mark)}."
     if not done:
-        notes.append("The comparison is not finished: this is what its finished runs say.")
-    return Table("What was found", COLUMNS, tuple(rows), " ".join(notes))
+        note += " The comparison is not finished: this is what its finished runs say."
+    return Table("What was found", COLUMNS, tuple(rows), note)
 
 
 def rate(config: CompareConfig, found: Records, variant: str) -> float | None:

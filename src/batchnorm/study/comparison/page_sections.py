@@ -8,7 +8,7 @@ from batchnorm.study.comparison.intervals import LEVEL, Interval
 from batchnorm.study.comparison.page_measured import role
 from batchnorm.study.comparison.settings import CompareConfig
 from batchnorm.study.comparison.verdict import Verdict, by_seed, tests
-from batchnorm.study.comparison.words import amount, span, value
+from batchnorm.study.comparison.words import amount, quality, span, value
 from batchnorm.study.document import Cell, Figure, Section, Series, Table
 from batchnorm.study.records import Records
 from batchnorm.study.wording import listed, rounded, short
@@ -18,6 +18,7 @@ SMALL_TEST = 200
 
 def verdict_section(config: CompareConfig, found: Records, verdict: Verdict) -> Section:
     """Each variant against the reference."""
+    told = verdict.judgements
     judged = [item for item in verdict.judgements if item.difference is not None]
     factor = 100 if _points(config) else 1
     unit = "points of test " + config.metric if _points(config) else f"test {config.metric}"
@@ -62,7 +63,7 @@ def verdict_section(config: CompareConfig, found: Records, verdict: Verdict) -> 
         "verdict",
         "Verdict",
         f"Does a normalization help {config.model} on {config.data}, against {verdict.reference}?",
-        verdict.text,
+        " ".join(quality(config, item, len(item.difference.values) if item.difference else 0) for item in told),
         tuple(_shows(config, verdict)),
         tuple(_limits(config, found, verdict)),
         {

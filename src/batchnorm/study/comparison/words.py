@@ -14,22 +14,30 @@ if TYPE_CHECKING:
 
 def told(config: CompareConfig, found: Judgement, seeds: int, mark: float | None, complete: bool) -> str:
     """A judgement over so many seeds, in a few sentences."""
+    so_far = "" if complete or not seeds else "So far: "
+    measured = found.difference is not None and found.kind != "diverged"
+    speed = f" {_speed(found, seeds, mark, config)}" if measured else ""
+    return f"{so_far}{quality(config, found, seeds)}{speed}".strip()
+
+
+def quality(config: CompareConfig, found: Judgement, seeds: int) -> str:
+    """What a judgement says of the metric, in a sentence."""
     name, other = found.variant, found.reference
     many = f"{seeds} seed" + ("" if seeds == 1 else "s")
-    so_far = "" if complete else "So far: "
     if found.kind == "not finished":
         return f"{name} against {other}: nothing is measured yet."
     if found.kind == "diverged" or found.difference is None:
-        return f"{so_far}{name} against {other}: no comparison, a run of one of them diverged at the rate it was given."
+        return f"{name} against {other}: no comparison, a run of one of them diverged at the rate it was given."
     difference = amount(config, found.difference)
     what = f"test {config.metric}"
     if found.kind == "one seed":
-        first = f"{name}: {what} {difference} against {other}; one seed shows no uncertainty, so this is no verdict."
-    elif found.kind == "no difference shown":
-        first = f"{name}: no difference in {what} from {other} that {many} can show ({difference})."
-    else:
-        first = f"{name} is {found.kind} than {other} in {what}: {difference} over {many}."
-    return f"{so_far}{first} {_speed(found, seeds, mark, config)}".strip()
+        return f"{name}: {what} {difference} against {other}; one seed shows no uncertainty, so this is no verdict."
+    if found.kind == "no difference shown":
+        values = found.difference.values
+        agree = all(item > 0 for item in values) or all(item < 0 for item in values)
+        more = "; all of them point one way, so that more seeds may show one" if agree else ""
+        return f"{name}: no difference in {what} from {other} that {many} can show ({difference}){more}."
+    return f"{name} is {found.kind} than {other} in {what}: {difference} over {many}."
 
 
 def _speed(found: Judgement, seeds: int, mark: float | None, config: CompareConfig) -> str:
