@@ -5,7 +5,7 @@ are float64 of shape (C,): ``count``, ``mean``, ``mean_low`` and ``m2`` as in :c
 the extremes ``low`` and ``high``, +inf and -inf where there are none. A row without weight does not count, whatever it
 holds. NaN is no extreme; from the others it is left out with ``skip_nan``, and spoils its channel without.
 
-The C++ kernel (csrc/features.cpp) reads the memory once, in blocks that it merges by Chan's formulas; so does the kernel
+The C++ kernel (csrc/features.cpp) reads the memory once, in blocks that it merges by Chan's formulas; so does the one
 for GPUs (:mod:`batchnorm.moments.cuda`), of (N, C). :func:`reference` is the textbook's two passes in plain torch, for
 every device.
 """

@@ -36,6 +36,7 @@ class Compiled:
     ptx: str
     registers: int
     spilled: int
+    loops: int
     spilled_in_loops: int
     shared: int
     cooperative: bool
@@ -63,11 +64,12 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], options: dict[str, An
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled, in_loops = _assembled(made)
+    registers, spilled, (loops, in_loops) = _assembled(made)
     return Compiled(
         ptx=made.asm["ptx"],
         registers=registers,
         spilled=spilled,
+        loops=loops,
         spilled_in_loops=in_loops,
         shared=made.metadata.shared,
         cooperative=made.metadata.launch_cooperative_grid,
@@ -75,8 +77,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], options: dict[str, An
     )
 
 
-def _assembled(made: Any) -> tuple[int, int, int]:
-    """Registers a thread, bytes of its stack, and how many instructions of inner loops access that stack."""
+def _assembled(made: Any) -> tuple[int, int, tuple[int, int]]:
+    """Registers a thread, bytes of its stack; inner loops, and how many of their instructions are on that stack."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -94,8 +96,8 @@ def _output(*command: str | Path) -> str:
     return finished.stdout + finished.stderr
 
 
-def _spills_in_inner_loops(code: str) -> int:
-    """Loads and stores of the stack in loops that read data and have no loop inside."""
+def _spills_in_inner_loops(code: str) -> tuple[int, int]:
+    """Loops that read data and have no loop inside, and loads and stores of the stack in them."""
     names: list[str] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -115,5 +117,4 @@ def _spills_in_inner_loops(code: str) -> int:
         if not any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops)
         and any(name.startswith(("LDG.", "LDGSTS")) and "STRONG" not in name for name in names[begin:end])
     ]
-    assert inner, "no loop over the data was found"
-    return sum(name.startswith(("LDL", "STL")) for begin, end in inner for name in names[begin:end])
+    return len(inner), sum(name.startswith(("LDL", "STL")) for begin, end in inner for name in names[begin:end])

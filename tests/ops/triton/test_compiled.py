@@ -140,6 +140,7 @@ def test_a_training_step_compiles(shape: str, dtype: torch.dtype, launches: list
     assert len(launches) == 4  # a launch for the forward, one for the backward
     for launched in launches:
         made = check(launched, 90)
+        assert made.loops >= 2  # one over the data for each phase
         # The forward and the backward must round z alike, by one instruction.
         assert "fma.rn.f32" in made.ptx
         if dtype == torch.bfloat16:

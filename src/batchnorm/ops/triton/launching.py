@@ -118,6 +118,7 @@ def constants(problem: plan.Problem, launch: plan.Launch, activation: str, mask:
         "B": launch.B,
         "GROUP": plan.GROUP,
         "CHUNK": plan.CHUNK,
+        "STAGES": launch.stages,
     }
 
 

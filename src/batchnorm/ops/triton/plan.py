@@ -66,7 +66,8 @@ class Problem:
 class Launch:
     """The constants and the grid of a launch; names as in the kernels.
 
-    ``split``: whether several programs share a unit, and so leave their parts in memory.
+    ``split``: whether several programs share a unit, and so leave their parts in memory. ``stages``: tiles that a loop
+    has under way, all but one of them being fetched into shared memory while one is computed with.
     """
 
     A: int
@@ -79,6 +80,7 @@ class Launch:
     split: bool
     warps: int = _WARPS
     registers: int = _FORWARD_REGISTERS
+    stages: int = 3
 
 
 def tile(problem: Problem) -> tuple[int, int]:
@@ -154,6 +156,8 @@ def _launch(problem: Problem, lanes: int, splits: int) -> Launch:
         programs=lanes * splits,
         split=splits > 1,
         registers=_BACKWARD_REGISTERS if problem.backward else _FORWARD_REGISTERS,
+        # Two programs with three tensors each must fit in the shared memory of the smallest cards, 100 KB.
+        stages=3 if problem.operands <= 2 else 2,
     )
 
 

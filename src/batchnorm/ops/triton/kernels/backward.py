@@ -9,7 +9,6 @@ from batchnorm.ops.triton.kernels.activations import kinked, slope_times
 from batchnorm.ops.triton.kernels.forward import coefficients
 from batchnorm.ops.triton.kernels.statistics import announce, arrive, publish, wait
 from batchnorm.ops.triton.kernels.tiles import (
-    STAGES,
     channels_of,
     fold,
     locate,
@@ -56,7 +55,7 @@ def gradient_tile(
 def slice_sums(
     grad, x, residual, sign, mask, center, scale, shift, begin, end, tile, first, last, channels, positions,
     ROWS: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sum dz and sum dz (x - center) of tiles [begin, end) of a unit, (W,) in float64; a few tiles each in float32."""
     W: tl.constexpr = B if ROWS else 1
@@ -113,7 +112,7 @@ def backward(
     dweight, dbias, partial, arrivals, samples, other, run_units, size, ghosts, stride, lanes, splits,
     ROWS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     SUMS: tl.constexpr, APPLY: tl.constexpr, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sums (SUMS) and the gradient of the input (APPLY) of units; as the forward in everything else.
 
@@ -149,7 +148,7 @@ def backward(
             # mean and invstd are read once more afterwards: held meanwhile, they would cost registers in the loop.
             sum_dz, sum_product = slice_sums(
                 grad, x, residual, sign, mask, center, scale, shift, begin, end, tile, first, last, channels, positions,
-                ROWS, WHOLE, MASKED, ACTIVATION, SLOPE, A, B, GROUP,
+                ROWS, WHOLE, MASKED, ACTIVATION, SLOPE, A, B, GROUP, STAGES,
             )  # fmt: skip
             if SPLIT:
                 publish(partial, unit, units, split, splits, sum_dz, sum_product, sum_dz, False, W)

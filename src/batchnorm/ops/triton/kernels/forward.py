@@ -17,7 +17,6 @@ from batchnorm.ops.triton.kernels.statistics import (
     wait,
 )
 from batchnorm.ops.triton.kernels.tiles import (
-    STAGES,
     channels_of,
     locate,
     pack,
@@ -104,7 +103,7 @@ def forward(
     ROWS: tl.constexpr, VEC: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr,
     STATISTICS: tl.constexpr, APPLY: tl.constexpr, SPLIT: tl.constexpr, FROM_VAR: tl.constexpr,
     ACTIVATION: tl.constexpr, SLOPE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr,
-    CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Statistics (STATISTICS) and normalization (APPLY) of units: the channels of a tile in one ghost.
 
@@ -136,7 +135,7 @@ def forward(
         c, exists = channels_of(tile, channels, W)
         if STATISTICS:
             n, mean, m2 = slice_moments(
-                x, mask, begin, end, tile, first, last, channels, positions, ROWS, WHOLE, MASKED, A, B, GROUP
+                x, mask, begin, end, tile, first, last, channels, positions, ROWS, WHOLE, MASKED, A, B, GROUP, STAGES
             )
             if SPLIT:
                 publish(partial, unit, units, split, splits, n, mean, m2, True, W)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.ops.triton.kernels.tiles import STAGES, counted, existing, fold, locate, read, real_among, spread
+from batchnorm.ops.triton.kernels.tiles import counted, existing, fold, locate, read, real_among, spread
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def reciprocal(number):
 def summed(
     x, mask, begin, end, origin, tile, first, last, channels, positions,
     ROWS: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of tiles [begin, end): the count, and sum and sum of squares about ``origin``, each (W,) in float64."""
     number = tl.zeros((1,), tl.int32)  # one for all channels: a mask is over positions
@@ -56,7 +57,7 @@ def summed(
 def slice_moments(
     x, mask, begin, end, tile, first, last, channels, positions,
     ROWS: tl.constexpr, WHOLE: tl.constexpr, MASKED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of tiles [begin, end) of a unit: the count (1,), mean and m2 (W,), in float64; 0 where nothing is real."""
     W: tl.constexpr = B if ROWS else 1
@@ -66,13 +67,13 @@ def slice_moments(
     # The mean of the first tile to begin with. It is read again below, from the cache.
     k, s, _ = summed(
         x, mask, begin, tl.minimum(begin + 1, end), tl.zeros((W,), tl.float32), tile, first, last, channels, positions,
-        ROWS, WHOLE, MASKED, A, B,
+        ROWS, WHOLE, MASKED, A, B, STAGES,
     )  # fmt: skip
     origin = near(s * reciprocal(k))
     for group in range(begin, end, GROUP):
         k, s, q = summed(
             x, mask, group, tl.minimum(group + GROUP, end), origin, tile, first, last, channels, positions,
-            ROWS, WHOLE, MASKED, A, B,
+            ROWS, WHOLE, MASKED, A, B, STAGES,
         )  # fmt: skip
         own_mean = s * reciprocal(k)
         own = q - own_mean * s

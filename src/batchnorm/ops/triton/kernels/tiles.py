@@ -10,9 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-STAGES = tl.constexpr(3)
-"""Tiles that a loop has under way: two are being fetched into shared memory while one is computed with."""
-
 
 @triton.jit
 def channels_of(tile, channels, W: tl.constexpr):
