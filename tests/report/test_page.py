@@ -129,7 +129,7 @@ def test_the_page_has_what_a_reader_without_eyes_or_mouse_needs(page: Page) -> N
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
     charts = [div for div in page.all("div") if (div.get("class") or "").startswith("chart")]
     assert len(charts) == 9
-    assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
+    assert all(chart["role"] == "group" and chart["aria-label"] for chart in charts)
     ids = [attributes["id"] for _, attributes in page.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     links = [link["href"] for link in page.all("a")]
@@ -193,3 +193,17 @@ def test_without_jinja2_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(builtins, "__import__", without_jinja)
     with pytest.raises(MissingDependencyError, match=r"jinja2.*pip install 'batchnorm\[report\]'"):
         render(samples.summary())
+
+
+def test_the_verdict_of_a_comparison_stands_on_top() -> None:
+    verdict = {
+        "text": "batch is better. layer: no difference shown.",
+        "judgements": [{"text": "batch is better."}, {"text": "layer: no difference that 3 seeds can show."}],
+        "test": "paired differences over seeds",
+    }
+    summary = samples.summary(kind="comparison", verdict=verdict, speedup_90=None, complete=False)
+    flat = " ".join(Page(render(summary)).text.split())
+    top = flat[: flat.index("What was found")]
+    assert "layer: no difference that 3 seeds can show." in top
+    assert "By paired differences over seeds." in top
+    assert "batchnorm compare --resume" in top

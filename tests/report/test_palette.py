@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 
 from batchnorm.report import palette
+from batchnorm.report.figures import plot
+from batchnorm.study.document import Series
+from report import samples
 
 
 def luminance(colour: str) -> float:
@@ -46,3 +50,11 @@ def test_both_themes_have_the_same_names_and_other_colours() -> None:
     assert light.keys() == dark.keys()
     assert all(light[name] != dark[name] for name in light)
     assert all(re.fullmatch(r"#[0-9a-f]{6}|rgba\(\d+, \d+, \d+, 0\.\d+\)", colour) for colour in light.values())
+
+
+def test_eight_other_series_have_a_colour_and_a_dash_of_their_own_pair() -> None:
+    names = ("renorm", "ghost", "group", "layer", "instance", "iternorm", "frozen", "sync")
+    series = tuple(Series(name, (0.0, 1.0), (1.0, 2.0)) for name in names)
+    keys = plot(samples.lines(series=series)).keys
+    assert len({key.colour for key in keys}) == 8
+    assert all(before.dash != after.dash for before, after in itertools.pairwise(keys))

@@ -26,7 +26,17 @@ ROLES: dict[str, tuple[tuple[str, str], ...]] = {
     "none": (("#b8521a", "#f2a069"), ("#7d3408", "#ffd2b0"), ("#d2752f", "#c97a41")),
     "batch": (("#1f5fbf", "#78aeff"), ("#123a78", "#bcd6ff"), ("#4a8be0", "#4f88da")),
     "control": (("#7a3fa6", "#c79be8"), ("#4d2170", "#e6d2f7"), ("#a06bc8", "#9d70c2")),
-    "other": (("#4b5563", "#aab4c2"), ("#66650f", "#c9c559"), ("#0d7a6f", "#4cc2b3"), ("#a3325f", "#f08bb0")),
+    # Eight other kinds beside the three above: apart in lightness as well as in hue, each with a dash.
+    "other": (
+        ("#4b5563", "#aab4c2"),
+        ("#0d8a7c", "#3fc9b5"),
+        ("#a3325f", "#f08bb0"),
+        ("#7d7a10", "#d6d15c"),
+        ("#0b3f3a", "#c8f2ea"),
+        ("#d0417e", "#c2487c"),
+        ("#3d4a05", "#8d8f2e"),
+        ("#0788b3", "#8fdcf5"),
+    ),
     "data-a": (("#0d7a6f", "#4cc2b3"), ("#095047", "#a5e5dc")),
     "data-b": (("#a3325f", "#f08bb0"), ("#6f1c3d", "#f9c6d9")),
 }

@@ -55,6 +55,8 @@
     // On a touch screen a finger that drags over a plot scrolls the page.
     layout.dragmode = touch ? false : "zoom";
     await Plotly.react(plot, data, layout, config());
+    // The group's label and the table say what the picture shows; its buttons stay within reach.
+    for (const picture of plot.querySelectorAll("svg.main-svg")) picture.setAttribute("aria-hidden", "true");
   };
 
   const drawAll = async () => {
