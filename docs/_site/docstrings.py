@@ -12,10 +12,14 @@ from typing import Any
 
 import griffe
 
+import batchnorm
+
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc|obj):`(~?)([^`]+)`")
 ENTRY = re.compile(r"(?P<names>\*{0,2}[\w./]+(?:,\s+\*{0,2}[\w./]+)*): +(?P<text>\S)")
 SECTION = re.compile(r"(?P<name>[A-Z]\w+(?: \w+)?):$")
 UNDERLINED = re.compile(r"-{3,}$")
+# The functions at the top have their entries where they live.
+HOMES: dict[str, str] = batchnorm._FUNCTIONS
 LISTED = frozenset({"Args", "Raises", "Attributes", "Returns", "Yields", "Warns", "Shape", "Parameters"})
 
 
@@ -35,10 +39,12 @@ def converted(text: str) -> str:
     at = 0
     while at < len(lines):
         line = lines[at]
-        block, after = _indented(lines, at + 1)
+        depth = len(line) - len(line.lstrip())
+        block, after = _indented(lines, at + 1, depth + 2)
+        item = "    " if 0 < depth < 4 else ""  # inside an item of a list
         if line.lstrip().startswith(".. math::"):
             formula = " ".join([line.partition("::")[2].strip(), *(each.strip() for each in block)]).strip()
-            out += ["", f"$$ {formula} $$", ""]
+            out += ["", f"{item}$$ {formula} $$", ""]
             at = after
         elif (match := SECTION.match(line)) and match["name"] in LISTED and block:
             out += ["", f"**{match['name']}**", "", *_entries(block), ""]
@@ -73,6 +79,9 @@ def converted(text: str) -> str:
             paragraph, after = _indented(lines, at)
             out += ["```text", *textwrap.dedent("\n".join(paragraph)).strip("\n").split("\n"), "```", ""]
             at = after
+        elif item:
+            out.append(item + _inline(line.strip()))
+            at += 1
         else:
             if line.startswith("- ") and out and out[-1].strip() and not out[-1].startswith(("- ", "  ")):
                 out.append("")  # Markdown wants a blank line before a list
@@ -81,10 +90,10 @@ def converted(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(out)).strip()
 
 
-def _indented(lines: list[str], start: int) -> tuple[list[str], int]:
-    """The lines from ``start`` on that are indented or blank, and where the next one is."""
+def _indented(lines: list[str], start: int, depth: int = 2) -> tuple[list[str], int]:
+    """The lines from ``start`` on that are indented by ``depth`` or blank, and where the next one is."""
     end = start
-    while end < len(lines) and (not lines[end].strip() or lines[end].startswith("  ")):
+    while end < len(lines) and (not lines[end].strip() or lines[end].startswith(" " * depth)):
         end += 1
     return lines[start:end], end
 
@@ -121,6 +130,8 @@ def _linked(match: re.Match[str]) -> str:
     target = match[2]
     shown = target.rpartition(".")[2] if match[1] else target
     if target.startswith("batchnorm.") and "._" not in target:
+        name = target.removeprefix("batchnorm.")
+        target = f"batchnorm.{HOMES[name]}.{name}" if name in HOMES else target
         # An optional reference: code without a link where the site has no such name.
         return f'<autoref identifier="{target}" optional>`{shown}`</autoref>'
     return f"`{shown}`"
