@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None):
     comparison = bn.compare(
         make,
         (x, y),
-        variants=("none", "batch", "group"),
+        variants=("none", "batch", "group=8"),
         steps=options.steps,
         lrs=[0.03, 0.1, 0.3],
         seeds=options.seeds,

@@ -15,6 +15,7 @@ import griffe
 import batchnorm
 
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc|obj):`(~?)([^`]+)`")
+SPREAD = re.compile(r":[a-z]+:`[^`]*\n[^`]*`")  # a role over two lines
 ENTRY = re.compile(r"(?P<names>\*{0,2}[\w./]+(?:,\s+\*{0,2}[\w./]+)*): +(?P<text>\S)")
 SECTION = re.compile(r"(?P<name>[A-Z]\w+(?: \w+)?):$")
 UNDERLINED = re.compile(r"-{3,}$")
@@ -35,7 +36,8 @@ class Markdown(griffe.Extension):
 def converted(text: str) -> str:
     """The docstring ``text`` as Markdown."""
     out: list[str] = []
-    lines = text.expandtabs().split("\n")
+    text = SPREAD.sub(lambda match: " ".join(match[0].split()), text.expandtabs())
+    lines = text.split("\n")
     at = 0
     while at < len(lines):
         line = lines[at]
