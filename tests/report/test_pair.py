@@ -93,7 +93,7 @@ def test_both_figures_become_one_with_the_second_dashed() -> None:
 def test_the_page_says_what_differs_and_what_is_noise(text: str) -> None:
     flat = " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text[text.index("<main>") :])).split())
     config = flat[flat.index("Configuration: what differs") :]
-    assert config.startswith("Configuration: what differs before after seed 0 7")
+    assert config.startswith("Configuration: what differs name before after seed 0 7")
     assert "torch 2.13.0 2.14.0" in flat
     assert "steps with batch norm 32 [26, 38] 52 [50, 61]" not in flat
     assert "steps with batch norm 32 [26, 38] 55 [50, 61] apart" in flat

@@ -234,7 +234,7 @@ def _headline(first: Run, second: Run) -> Table:
                 )
                 for item in found
             ]
-    return Table("Headline figures", ("", first.label, second.label, "difference"), tuple(rows))
+    return Table("Headline figures", ("figure", first.label, second.label, "difference"), tuple(rows))
 
 
 def _different(title: str, first: Run, second: Run, one: Mapping[str, str], other: Mapping[str, str]) -> Table:
@@ -244,7 +244,7 @@ def _different(title: str, first: Run, second: Run, one: Mapping[str, str], othe
         for name in names
         if one.get(name) != other.get(name)
     )
-    return Table(f"{title}: what differs", ("", first.label, second.label), rows)
+    return Table(f"{title}: what differs", ("name", first.label, second.label), rows)
 
 
 def _described(run: Run) -> dict[str, Any]:

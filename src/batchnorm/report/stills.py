@@ -237,7 +237,7 @@ def _tidied(text: str) -> str:
     text = text[text.index("<svg") :]
     # Its style would reach the whole page, which has the same rule for these pictures alone.
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r' id="[a-zA-Z][\w.]*_\d+"', "", text)
+    text = re.sub(r' id="(?:[a-zA-Z][\w.]*_\d+|image\w+)"', "", text)
     text = re.sub(r"#fe([0-9a-f]{4})", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", text)
     # An attribute takes no variable, a style does.
     text = re.sub(r' (fill|stroke)="(var\([^"]*\))"', r' style="\1: \2"', text)
