@@ -11,7 +11,7 @@ from batchnorm.study.document import Section
 from batchnorm.study.plan import Plan, Report, Run, run_id
 from batchnorm.study.records import Record, Records
 
-COSTS = {"none": 0.0007, "batch": 0.0014, "noisy": 0.0016}
+COSTS = {"none": 0.0017, "batch": 0.0022, "noisy": 0.0027}
 
 
 def plan(config: StudyConfig, records: Records) -> Plan:  # noqa: ARG001 - nothing here depends on results

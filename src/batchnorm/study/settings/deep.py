@@ -17,8 +17,8 @@ class Deep:
     layers: int = 6
     lrs: tuple[float, ...] = (1.0, 3.0)
     lr: float = 1.0
-    steps: int = 800
-    batch_steps: int = 300
+    steps: int = 600
+    batch_steps: int = 200
     plain_depths: tuple[int, ...] = (2, 3, 4)
     plain_lr: float = 2.0
     wide_init: float = 4.0

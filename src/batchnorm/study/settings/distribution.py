@@ -15,7 +15,7 @@ class Distribution:
     lr: float = 2.0
     slow: bool = True
     slow_lr: float = 0.3
-    steps: int = 500
+    steps: int = 400
     every: int = 20
     noise_shift: float = 1.0
     noise_scale: float = 0.75

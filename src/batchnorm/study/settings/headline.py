@@ -14,7 +14,7 @@ class Headline:
     """
 
     seeds: int = 5
-    lrs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0, 5.0)
+    lrs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
     tune_steps: int = 1200
     steps: int = 1500
     batch_steps: int = 400

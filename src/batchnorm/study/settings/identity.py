@@ -10,7 +10,7 @@ class Identity:
     """What gamma and beta are for: an exact inverse, and a spiral that needs them."""
 
     lr: float = 2.0
-    steps: int = 1200
+    steps: int = 1000
     turns: float = 1.5
     width: int = 16
     points: int = 1000
@@ -18,4 +18,4 @@ class Identity:
 
 
 QUICK = Identity(steps=500, turns=1.25)
-FULL = Identity()
+FULL = Identity(steps=1200)

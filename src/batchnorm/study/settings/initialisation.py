@@ -16,7 +16,7 @@ class Initialisation:
     layers: tuple[int, ...] = (3, 6)
     stds: tuple[float, ...] = (0.001, 0.03, 0.3, 3.0)
     lrs: tuple[float, ...] = (1.0,)
-    steps: int = 300
+    steps: int = 200
 
 
 QUICK = Initialisation(layers=(3,), stds=(0.001, 0.3, 3.0), steps=150)
