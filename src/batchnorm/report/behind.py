@@ -111,7 +111,9 @@ def _wide(figure: Figure, series: Sequence[Series]) -> Table:
         places.sort(key=float)
     cells = [{place: _value(item, at) for at, place in enumerate(item.x)} for item in series]
     every = _every(len(places), _ROWS)
-    body = tuple((place, *(known.get(place) for known in cells)) for place in places[::every])
+    body: tuple[tuple[Cell, ...], ...] = tuple(
+        (place, *(known.get(place) for known in cells)) for place in places[::every]
+    )
     head = (figure.x_label or "x", *(item.name for item in series))
     spread = any(item.low is not None for item in series)
     note = f"{figure.y_label or 'Values'}{', with the least and the greatest over seeds' if spread else ''}."
