@@ -12,7 +12,7 @@ from typing import Self
 from xml.sax.saxutils import escape
 
 WIDTH, HEIGHT = 300, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 30, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 44, 42
 COLOURS = ("#3949ab", "#e65100", "#00796b", "#8e24aa", "#616161")  # 3:1 on white at least
 Range = tuple[float, float]
 
@@ -96,9 +96,13 @@ class Panel:
             else:
                 path = "".join(f"M{spot}h0" for spot in spots)
                 out.append(f'<path class="p" stroke="{ink}" d="{path}"/>')
-        for number, (_, _, _, colour, label) in enumerate(mark for mark in self.marks if mark[4]):
-            ink, y = COLOURS[colour % len(COLOURS)], TOP + 15 + 15 * number
-            out.append(f'<text x="{right - 6}" y="{y}" class="e" style="fill:{ink}">{escape(label)}</text>')
+        labels = [mark for mark in self.marks if mark[4]]
+        if labels:
+            spans = (
+                f'<tspan fill="{COLOURS[colour % len(COLOURS)]}">{escape(label)}</tspan>'
+                for _, _, _, colour, label in labels
+            )
+            out.append(f'<text x="{LEFT}" y="35">{"  ·  ".join(spans)}</text>')
         out.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" class="m">{escape(self.x)}</text>')
         middle = (TOP + bottom) / 2
         out.append(f'<text transform="translate(12 {middle}) rotate(-90)" class="m">{escape(self.y)}</text></g>')

@@ -15,6 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
     ("page", "least"),
     [
         ("../README.md", 2),
+        ("index.md", 1),
         ("data.md", 5),
         ("compare.md", 4),
         ("doctor.md", 2),
