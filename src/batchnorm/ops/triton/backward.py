@@ -159,7 +159,8 @@ class _Given:
         self.grad, self.count, self.activation = grad, count, activation
         self.sign = sign.contiguous() if sign is not None and sign.numel() > 0 else None
         self.residual = residual if self.sign is None and activation != "none" else None
-        self.mean, self.invstd = mean.contiguous(), invstd.contiguous()
+        # Those of ghosts are columns of a matrix, and stay in it.
+        self.mean, self.invstd = (s if s.dim() == 2 else s.contiguous() for s in (mean, invstd))
         self.weight, self.bias = vector(weight), vector(bias)
         self.mask = mask_of(mask)
 

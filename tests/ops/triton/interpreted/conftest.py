@@ -15,13 +15,17 @@ from ops.triton.interpreted.ways import ROUTES, take
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of a kilobyte, any number to a program, two tiles a group: small tensors are cut as large ones are."""
+    """Tiles of a kilobyte, any number to a program, two tiles a group: small tensors are cut as large ones are.
+
+    A unit is one program's unless a test takes another way: programs that meet would wait for ever here.
+    """
     monkeypatch.setattr(plan, "_TILE_BYTES", 1024)
     monkeypatch.setattr(plan, "_LEAST_TILES", 1)
     monkeypatch.setattr(plan, "_RUNS", (64, 32))
     monkeypatch.setattr(plan, "_COLUMNS", 32)
     monkeypatch.setattr(plan, "GROUP", 2)
     monkeypatch.setattr(plan, "CHUNK", 4)
+    take(ROUTES[0], monkeypatch)
 
 
 @pytest.fixture(params=ROUTES)

@@ -24,7 +24,11 @@ WAYS = [
 ]
 by_each_way = pytest.mark.parametrize(("route", "memory_format"), WAYS, ids=ROUTES)
 
-pytestmark = pytest.mark.usefixtures("small_tiles")
+pytestmark = [
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # NumPy's, of infinities
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
 
 
 def step(kernels, x, grad, weight=None, bias=None, activation="none", mask=None):

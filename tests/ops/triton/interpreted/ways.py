@@ -8,6 +8,7 @@ import pytest
 
 from batchnorm.ops.triton import plan
 
+BOTH = plan.both
 ROUTES = ("alone", "meeting", "two launches")
 
 
@@ -21,11 +22,11 @@ def take(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     if route == "two launches":
         monkeypatch.setenv(plan.COOPERATIVE_SWITCH, "0")
-        return
-    both = plan.both
 
     def launch(problem: plan.Problem, device: plan.Device) -> plan.Launch:
-        found = both(problem, device)
+        found = BOTH(problem, device)
+        if route == "two launches":
+            return dataclasses.replace(found, split=True)
         lanes = plan._units(problem)[0] if route == "alone" else min(2, found.lanes)
         return dataclasses.replace(found, lanes=lanes, splits=1, programs=lanes, split=route == "meeting")
 

@@ -12,12 +12,14 @@ from batchnorm.ops.triton.kernels.tiles import (
     channels_of,
     fold,
     locate,
+    narrowed,
     read,
     real_among,
     samples_of,
     spread,
     tiles_of,
     unpack,
+    widened,
     write,
 )
 
@@ -100,9 +102,9 @@ def finish_sums(sum_dz, sum_product, mean, invstd, center, c, exists, at, dz_out
     tl.store(dz_out + at, sum_dz, mask=exists)
     tl.store(dz_xhat_out + at, sum_dz_xhat, mask=exists)
     if dweight is not None:
-        tl.store(dweight + c, sum_dz_xhat.to(dweight.dtype.element_ty), mask=exists)
+        tl.store(dweight + c, narrowed(sum_dz_xhat, dweight.dtype.element_ty), mask=exists)
     if dbias is not None:
-        tl.store(dbias + c, sum_dz.to(dbias.dtype.element_ty), mask=exists)
+        tl.store(dbias + c, narrowed(sum_dz, dbias.dtype.element_ty), mask=exists)
     return sum_dz_xhat
 
 
@@ -188,7 +190,7 @@ def backward(
             share = 1.0 / tl.where(count > 1, count, 1.0)
             a = invstd
             if weight is not None:
-                a = invstd * tl.load(weight + c, mask=exists, other=0.0).to(tl.float64)
+                a = invstd * widened(tl.load(weight + c, mask=exists, other=0.0))
             d = a * invstd * sum_dz_xhat * share
             b = a * sum_dz * share - (mean - center.to(tl.float64)) * d
             times, minus, per_deviation = a.to(tl.float32), b.to(tl.float32), d.to(tl.float32)

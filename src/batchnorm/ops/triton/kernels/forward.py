@@ -25,6 +25,7 @@ from batchnorm.ops.triton.kernels.tiles import (
     samples_of,
     spread,
     tiles_of,
+    widened,
     write,
 )
 
@@ -38,11 +39,11 @@ def coefficients(mean, invstd, weight, bias, c, exists):
     """
     slope = invstd
     if weight is not None:
-        slope = invstd * tl.load(weight + c, mask=exists, other=0.0).to(tl.float64)
+        slope = invstd * widened(tl.load(weight + c, mask=exists, other=0.0))
     center = mean.to(tl.float32)
     shift = (center.to(tl.float64) - mean) * slope
     if bias is not None:
-        shift += tl.load(bias + c, mask=exists, other=0.0).to(tl.float64)
+        shift += widened(tl.load(bias + c, mask=exists, other=0.0))
     return center, slope.to(tl.float32), shift.to(tl.float32)
 
 
@@ -160,9 +161,9 @@ def forward(
                 # Of one program alone: known already.
                 invstd = 1.0 / tl.sqrt(m2 * reciprocal(n) + eps)
             else:
-                mean = tl.load(mean_out + at, mask=exists, other=0.0, cache_modifier=".cg").to(tl.float64)
+                mean = widened(tl.load(mean_out + at, mask=exists, other=0.0, cache_modifier=".cg"))
                 if FROM_VAR:
-                    var = tl.load(var_out + at, mask=exists, other=0.0).to(tl.float64)
+                    var = widened(tl.load(var_out + at, mask=exists, other=0.0))
                     invstd = 1.0 / tl.sqrt(var + eps)
                 else:
                     invstd = tl.load(invstd_out + at, mask=exists, other=0.0, cache_modifier=".cg").to(tl.float64)

@@ -10,7 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from batchnorm.ops.triton.kernels.tiles import counted, existing, fold, locate, read, real_among, spread
+from batchnorm.ops.triton.kernels.tiles import (
+    counted,
+    existing,
+    fold,
+    locate,
+    narrowed,
+    read,
+    real_among,
+    spread,
+    widened,
+)
 
 
 @triton.jit
@@ -159,10 +169,10 @@ def move_running(running_mean, running_var, c, exists, mean, var, count, step, d
     moves = exists & (step != 0)
     known = moves & (count > 0)
     at = running_mean + c
-    kept = tl.load(at, mask=known, other=0.0).to(tl.float64)
-    tl.store(at, ((1 - step) * kept + step * mean).to(at.dtype.element_ty), mask=known)
+    kept = widened(tl.load(at, mask=known, other=0.0))
+    tl.store(at, narrowed((1 - step) * kept + step * mean, at.dtype.element_ty), mask=known)
     known = moves & (count > ddof)
     at = running_var + c
-    kept = tl.load(at, mask=known, other=0.0).to(tl.float64)
+    kept = widened(tl.load(at, mask=known, other=0.0))
     unbiased = var * (count / tl.where(count > ddof, count - ddof, 1.0))
-    tl.store(at, ((1 - step) * kept + step * unbiased).to(at.dtype.element_ty), mask=known)
+    tl.store(at, narrowed((1 - step) * kept + step * unbiased, at.dtype.element_ty), mask=known)

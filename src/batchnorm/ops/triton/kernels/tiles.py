@@ -120,6 +120,22 @@ def write(target, offset, value, exists, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def widened(value):
+    """A vector in float64, from whatever type it is kept in; 16-bit types by way of float32."""
+    if value.dtype != tl.float64:
+        value = value.to(tl.float32).to(tl.float64)
+    return value
+
+
+@triton.jit
+def narrowed(value, TYPE: tl.constexpr):
+    """A float64 vector in another type; 16-bit types by way of float32."""
+    if tl.float64 != TYPE:
+        value = value.to(tl.float32).to(TYPE)
+    return value
+
+
+@triton.jit
 def real_among(mask, place, exists, MASKED: tl.constexpr):
     """Which values are real: they exist, and the mask says so."""
     if MASKED:
