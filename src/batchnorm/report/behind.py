@@ -134,7 +134,7 @@ def _grid(figure: Figure, series: Series) -> Table:
     down, across = _every(len(series.y), _ROWS // 2), _every(len(series.x), _COLUMNS)
     corner = f"{figure.y_label or 'y'} by {figure.x_label or 'x'}"
     head = (corner, *(_name(place) for place in series.x[::across]))
-    body = tuple(
+    body: tuple[tuple[Cell, ...], ...] = tuple(
         (_name(place), *row[::across]) for place, row in list(zip(series.y, series.z or (), strict=True))[::down]
     )
     thinned = max(down, across) > 1
