@@ -52,7 +52,7 @@ def _speed(found: Judgement, seeds: int, mark: float | None, config: CompareConf
         return f"To {where} came {came}. {cost}"
     ratio, time = found.steps, found.time
     if ratio.low is None or ratio.high is None:
-        told = f"{where} in {short(ratio.mean)} times fewer steps"
+        told = f"It reaches {where} in {short(ratio.mean)} times fewer steps"
     elif ratio.low > 1:
         told = f"It reaches {where} in {span(ratio)} times fewer steps"
     elif ratio.high < 1:
