@@ -44,7 +44,7 @@ Examples:
   batchnorm inspect stats.safetensors    what was learned, and what is suspicious in it
   batchnorm doctor package:make_model    what is wrong with a model's batch norms
   batchnorm study                        the whole study, in under two minutes, and its page
-  batchnorm study --quick                a first look, in half a minute
+  batchnorm study --quick                a first look, in less than a minute
   batchnorm compare --data wine.csv --target class    would it help on these data, and what does it cost
   batchnorm report runs/2026-01-31_12-00-00
   batchnorm selftest                     which implementations run here, and how exact they are

@@ -67,7 +67,7 @@ Examples:
 
 The folder then holds config.toml, records.jsonl, summary.json and report.html.""",
 )
-@click.option("--quick", is_flag=True, help="Fewer seeds, rates and steps: half a minute.")
+@click.option("--quick", is_flag=True, help="Fewer seeds, rates and steps: less than a minute.")
 @click.option("--full", is_flag=True, help="More seeds, rates and steps: several minutes.")
 @click.option(
     "--config",
