@@ -136,4 +136,19 @@ def test_sections_are_completed_one_after_the_other() -> None:
     outcome = shell(
         _BATCHNORM_COMPLETE="bash_complete", COMP_WORDS="batchnorm study --sections headline,d", COMP_CWORD="3"
     )
-    assert outcome.out.split() == ["plain,headline,deep", "plain,headline,distribution"]
+    assert outcome.out.split() == [f"plain,headline,{name}" for name in ("deep", "distribution", "domains")]
+
+
+def test_the_help_of_a_study_names_the_sections() -> None:
+    from batchnorm.study.config import SECTION_NAMES
+
+    outcome = shell("study", "--help")
+    told = " ".join(outcome.out.split())
+    assert all(name in told for name in SECTION_NAMES)
+    assert "mnist and cifar10 need --data-dir" in told
+
+
+def test_a_download_needs_a_folder() -> None:
+    outcome = shell("study", "--sections", "mnist", "--download")
+    assert outcome.code == 2
+    assert "--download needs --data-dir DIR, the folder to fetch into" in outcome.err
