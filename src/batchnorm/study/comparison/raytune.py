@@ -23,6 +23,8 @@ from batchnorm.study.pool import Done, Progress, RunFailedError
 _REPORT_EVERY = 2.0
 # A trial whose machine goes away is started again, and goes on from its checkpoint where the folder is shared.
 _RETRIES = 2
+# Seconds for trials to stop, once they are told to.
+_PATIENCE = 15.0
 
 
 def need_tune() -> Any:
@@ -75,6 +77,7 @@ class TunePool:
         self.waiting: list[Run] = []
         self.news: queue.Queue[Progress | Done | BaseException] = queue.Queue()
         self.closed = False
+        self.threads: list[threading.Thread] = []
         self.storage = tempfile.mkdtemp(prefix="batchnorm-ray-")
         _pools[self.storage] = self
 
@@ -94,7 +97,8 @@ class TunePool:
         """
         if self.waiting:
             wave, self.waiting = self.waiting, []
-            threading.Thread(target=self._experiment, args=(wave,), daemon=True).start()
+            self.threads.append(threading.Thread(target=self._experiment, args=(wave,), daemon=True))
+            self.threads[-1].start()
         item = self.news.get()
         if isinstance(item, Progress):
             on_progress(item)
@@ -111,6 +115,9 @@ class TunePool:
         _pools.pop(self.storage, None)
         for logger, level in zip(self.logs, self.levels, strict=True):
             logger.setLevel(level)
+        # Tune writes its state once more at its end: the folder would be there again.
+        for thread in self.threads:
+            thread.join(_PATIENCE)
         if self.started:
             self.ray.shutdown()
         shutil.rmtree(self.storage, ignore_errors=True)
