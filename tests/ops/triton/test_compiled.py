@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,12 @@ class Launched:
     programs: int
     arguments: dict[str, Any]
     options: dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled goes with the test, and was compiled by it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 @pytest.fixture
@@ -177,13 +184,14 @@ def test_other_cards(capability: int, shape: str, launches: list[Launched]) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_moments_compile(dtype: torch.dtype) -> None:
+def test_moments_compile(dtype: torch.dtype, tmp_path: Path) -> None:
     x = torch.empty(8192, 256, dtype=dtype)
     weights, partial = torch.ones(8192, dtype=torch.float64), torch.empty(6, 16, 256, dtype=torch.float64)
     arguments = {"x": x, "weights": weights, "partial": partial, "rows": 8192, "stride": 256, "splits": 16}
     arguments |= {"features": 256, "WEIGHTED": True, "SKIP_NAN": True, "A": cuda._ROWS, "B": cuda._FEATURES}
     made = compile_launch(cuda.sums, arguments, {"num_warps": 8}, 90)
     assert made.spilled == 0
+    assert list(tmp_path.iterdir())
 
 
 def test_two_launches_compile(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
