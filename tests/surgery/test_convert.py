@@ -98,9 +98,9 @@ def test_gamma_and_beta_are_kept_where_statistics_are_not(to, groups):
     ("channels", "groups", "told"),
     [
         (64, 32, ""),
-        (100, 25, ", 25 groups being the largest divisor of 100 up to 32"),
+        (100, 25, ", in 25 groups of 4 channels"),
         (7, 7, ""),
-        (31 * 2, 31, "31 groups"),
+        (31 * 2, 31, "in 31 groups of 2 channels"),
     ],
 )
 def test_the_default_number_of_groups(channels, groups, told):
@@ -108,6 +108,15 @@ def test_the_default_number_of_groups(channels, groups, told):
     assert model[0].num_groups == groups
     assert told in bn.changes(model)[0].what
     assert f"torch.nn.GroupNorm({groups}, {channels})" in bn.changes(model)[0].what
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(32, 8), (256, 32), (6, 1), (7, 1), (100, 25)])
+def test_behind_linear_layers_a_group_has_several_channels(channels, groups):
+    # A group of one value is 0 whatever the input: the layer would let nothing through.
+    model = bn.convert(nn.Sequential(nn.BatchNorm1d(channels)), "group")
+    assert model[0].num_groups == groups
+    x = torch.randn(8, channels)
+    assert model(x).abs().mean() > 0.5
 
 
 def test_options_reach_the_layer_and_come_before_what_was():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from batchnorm._errors import InputError, ShapeError
 from batchnorm.nn import BatchNorm2d, BatchRenorm2d, DecorrelatedBatchNorm, GhostBatchNorm2d, IterNorm
 from batchnorm.ops.arguments import positions
+from batchnorm.surgery.conversion.policies import default_groups
 
 
 def _any_rank(input: Tensor) -> None:
@@ -152,7 +153,8 @@ def make(kind: str, size: int | None, features: int, batch: int) -> nn.Module:
     if kind == "ghost":
         return Ghost(features, virtual_batch_size=size or max(2, batch // 4))
     if kind == "group":
-        return Group(size or largest_divisor(features, 32), features)
+        # The input may be (N, C), where a group of one channel is 0 whatever the input, and one of two a sign.
+        return Group(size or default_groups(features, 4), features)
     if kind == "layer":
         return Group(1, features)
     if kind == "instance":

@@ -40,6 +40,8 @@ TARGETS = tuple(_CLASSES)
 """What a layer can be converted to by name."""
 
 # They are what the tensors say, or where these are.
+# Channels of a group at least, of what may be given (N, C).
+_LEAST_FLAT = 4
 _NOT_OPTIONS = {"num_features", "num_channels", "affine", "bias", "track_running_stats", "device", "dtype", "decay"}
 
 
@@ -139,7 +141,8 @@ def lost(source: Source, made: nn.Module) -> list[str]:
 def note(to: Any, made: nn.Module) -> str:
     """What is to be said about how a layer was made."""
     if to == "group" and isinstance(made, nn.GroupNorm) and made.num_groups < min(32, made.num_channels):
-        return f", {made.num_groups} groups being the largest divisor of {made.num_channels} up to 32"
+        size = made.num_channels // made.num_groups
+        return f", in {made.num_groups} groups of {size} channels"
     return ""
 
 
@@ -203,12 +206,19 @@ def _group(kind: type[nn.Module], source: Source, options: dict[str, Any]) -> nn
     channels = source.num_features
     groups = options.pop("num_groups", None)
     if groups is None:
-        groups = next(count for count in range(min(32, channels), 0, -1) if channels % count == 0)
+        # BatchNorm1d may be given (N, C), where a group of one channel is 0 whatever the input, and one of two a sign.
+        groups = default_groups(channels, _LEAST_FLAT if isinstance(source.layer, nn.BatchNorm1d) else 1)
     try:
         made = kind(groups, channels, **{"eps": source.eps, "device": "meta", **options})
     except ValueError as error:
         raise SurgeryError(f"{where(source.name)} cannot become a {kind.__name__}: {error}") from error
     return _with_affine(made, source)
+
+
+def default_groups(channels: int, least: int) -> int:
+    """The most groups up to 32 (Wu & He 2018) that divide ``channels``, with ``least`` of them each; else one group."""
+    fitting = (count for count in range(32, 1, -1) if channels % count == 0 and channels // count >= least)
+    return next(fitting, 1)
 
 
 def _instance(kind: type[nn.Module], source: Source, options: dict[str, Any]) -> nn.Module:
