@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("page", "least"),
     [
-        ("../README.md", 2),
+        ("../README.md", 3),
         ("index.md", 1),
         ("data.md", 5),
         ("compare.md", 4),
