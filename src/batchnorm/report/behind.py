@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from batchnorm.report.numbers import number
+from batchnorm.report.numbers import number, plain
 from batchnorm.report.traces import rounded
 from batchnorm.study import records as records_module
 from batchnorm.study.document import Cell, Figure, Series, Table
@@ -154,7 +154,7 @@ def _value(series: Series, at: int) -> str | None:
 
 
 def _name(place: float | str | None) -> str:
-    return place if isinstance(place, str) else "" if place is None else number(place)
+    return place if isinstance(place, str) else "" if place is None else plain(place)
 
 
 def _every(count: int, most: int) -> int:
