@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import re
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -52,6 +53,15 @@ def test_a_still_has_the_names_the_axes_and_the_bars_values() -> None:
     text = drawn(samples.bars())
     for words in ("raw", "whitened", "tuned rate", "fixed rate", "preparation of the input", "steps", "43", "never"):
         assert f">{words}<" in text, words
+
+
+def test_names_keep_their_digits_and_places_do_not() -> None:
+    series = samples.lines().series[0]
+    pair = tuple(dataclasses.replace(series, name=f"without, rate {rate}") for rate in ("0.25", "0.03125"))
+    text = drawn(samples.lines(series=pair))
+    assert ">without, rate 0.25<" in text
+    assert ">without, rate 0.03125<" in text
+    assert not re.search(r' d="[^"]*\.\d\d', text)
 
 
 def test_powers_of_ten_and_dollars_are_written_as_text() -> None:

@@ -241,7 +241,8 @@ def _tidied(text: str) -> str:
     text = re.sub(r"#fe([0-9a-f]{4})", lambda found: f"var(--{_NAMES[int(found[1], 16)]})", text)
     # An attribute takes no variable, a style does.
     text = re.sub(r' (fill|stroke)="(var\([^"]*\))"', r' style="\1: \2"', text)
-    text = re.sub(r"(?<=[ \"\n(,LMQC-])(\d+\.\d)\d+", r"\1", text)
+    # Of places only: a name like "rate 0.25" keeps its digits.
+    text = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\d+\.\d)\d+", r"\1", found[0]), text)
     text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     # What is no formula was kept from being one.
     text = text.replace(r"\$", "$")
