@@ -1,8 +1,8 @@
 """Whether the Triton kernels for NVIDIA GPUs run here, and the way to them, for whichever room has some.
 
 Nothing is imported and no device is asked before a tensor on a GPU comes: a process that never has one pays nothing,
-and may still fork. Then Triton is imported and one value computed with it; what fails there is told once, and the
-reference serves.
+and may still fork. Then Triton is imported, one value computed with it, and the rooms' own trials are run
+(:func:`try_first`); what fails there is told once, and the reference serves.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What the kernels take; float64, which GPUs are slow at, stays with the reference."""
 
 _OLDEST = (8, 0)  # compute capability: what the kernels are compiled for in tests
+_trials: list[str] = []  # modules whose run(device) compares a room's kernels with its reference
 _tried: set[int] = set()
 _failures: dict[int, str] = {}  # by device: why its first value could not be computed
 
@@ -51,14 +52,22 @@ def why_not() -> str:
     return reason or next(iter(_failures.values()), "")
 
 
+def try_first(module: str) -> None:
+    """Have ``run(device)`` of ``module`` called on each GPU before a kernel is used there; it raises what is wrong."""
+    _trials.append(module)
+
+
 def why_not_on(index: int) -> str:
     """The same for one GPU. Tries it the first time, and warns where it fails."""
     if index not in _tried:
+        # Meanwhile the reference serves: the trials call it on this GPU.
+        _tried.add(index)
+        _failures[index] = "its kernels are being tried"
         reason = _fault(index)
+        del _failures[index]
         if reason:
             _failures[index] = reason
             _told(reason)
-        _tried.add(index)
     return _failures.get(index, "")
 
 
@@ -72,9 +81,11 @@ def _fault(index: int) -> str:
         probe = importlib.import_module("batchnorm._gpu_probe")
         with torch.cuda.device(index):
             probe.run()
+            for trial in _trials:
+                importlib.import_module(trial).run(torch.device("cuda", index))
     except Exception as error:  # noqa: BLE001 -- whatever it is, the layers must go on, and it is told
         first = (str(error).splitlines() or [""])[0]
-        return f"Triton fails on {name}: {type(error).__name__}: {first}"
+        return f"Triton's kernels fail on {name}: {type(error).__name__}: {first}"
     return ""
 
 

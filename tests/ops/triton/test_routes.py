@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -93,10 +94,38 @@ def test_a_card_on_which_triton_fails_gets_the_reference_and_the_reason(monkeypa
         raise OSError(f"no compiler for {name}\nand more")
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    with pytest.warns(RuntimeWarning, match="on the GPU: Triton fails on a card: OSError: no compiler for "):
+    with pytest.warns(RuntimeWarning, match="on the GPU: Triton's kernels fail on a card: OSError: no compiler for "):
         assert _gpu.why_not_on(0)
     assert native.status().cuda == "reference"
-    assert native.status().cuda_reason == "Triton fails on a card: OSError: no compiler for batchnorm._gpu_probe"
+    assert (
+        native.status().cuda_reason == "Triton's kernels fail on a card: OSError: no compiler for batchnorm._gpu_probe"
+    )
+
+
+@pytest.mark.usefixtures("nvidia")
+def test_a_card_whose_results_differ_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Module:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def run(self, *device: torch.device) -> None:
+            # While a card is tried the reference serves it, which the trial calls.
+            seen.append((self.name, *device, _gpu.why_not_on(1)))
+            if device:
+                raise RuntimeError("a training step differs by 3 of the largest value in dx")
+
+    monkeypatch.setattr(importlib, "import_module", Module)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    with pytest.warns(
+        RuntimeWarning, match="fail on a card: RuntimeError: a training step differs by 3 of the largest"
+    ):
+        assert _gpu.why_not_on(1)
+    trying = "its kernels are being tried"
+    trial = ("batchnorm.ops.triton.trial", torch.device("cuda", 1), trying)
+    assert seen == [("batchnorm._gpu_probe", trying), trial]
+    assert native.status().cuda == "reference"
 
 
 @pytest.mark.usefixtures("nvidia")

@@ -35,5 +35,6 @@ def _route(name: str) -> Callable[..., Any]:
 ROUTES = {name: _route(name) for name in IMPLEMENTATIONS}
 """By operator: what CUDA tensors get."""
 
+_gpu.try_first(_HERE + "trial")
 for _name, _implementation in ROUTES.items():
     _gpu.register(_library, _name, _implementation)
