@@ -97,8 +97,9 @@ def test_no_further_from_float64_than_torch(mean, dtype, memory_format):
             np.abs(y.detach().double().numpy() - exact_y).max(),
             np.abs(leaf.grad.double().numpy() - exact_dx).max(),
         )
-    # A rounding of the output type, or torch's own error where that is larger; in float64 the yardstick rounds too.
-    floor = torch.finfo(dtype).eps * np.abs(exact_y).max() * (4 * (1 + mean) if dtype == torch.float64 else 1)
+    # A rounding of the output type, or torch's own error where that is larger. In float64 the yardstick rounds too, and
+    # so do sums of 200 values, by a few units that depend on the order in which an instruction set adds them up.
+    floor = torch.finfo(dtype).eps * np.abs(exact_y).max() * (16 * (1 + mean) if dtype == torch.float64 else 1)
     assert errors["ours"][0] <= max(errors["torch"][0], floor)
     assert errors["ours"][1] <= max(errors["torch"][1], floor)
 

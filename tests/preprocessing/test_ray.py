@@ -6,11 +6,9 @@ import itertools
 import logging
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +34,7 @@ from batchnorm.preprocessing import (
     transform_files_on_ray,
 )
 from batchnorm.preprocessing.distributed import ray_data
+from ray_cluster import cluster, lock_of
 
 pytestmark = [
     # Ray's own, of its sockets and files and of its own deprecations.
@@ -59,35 +58,15 @@ FRAME["weight"] = np.random.default_rng(1).integers(0, 3, 600)
 
 
 @pytest.fixture(scope="module")
-def ray() -> Iterator[Any]:
-    """ray.data on a cluster of two workers, in a folder of its own, that talks to nobody."""
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),  # or it would be written to the user's home
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "OMP_NUM_THREADS": "1",
-    }
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="bn-ray-") as folder:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        import ray
-        import ray.data
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """ray.data on a cluster of its own."""
+    import ray.data
 
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=150 * 2**20,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _temp_dir=folder,
-        )
+    with cluster(lock_of(tmp_path_factory)) as ray:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        try:
-            yield ray.data
-        finally:
-            ray.shutdown()
+        yield ray.data
 
 
 def learned(estimator: Any) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def test_variants_are_read():
     assert [variant.name for variant in found] == ["none", "ghost=8", "group"]
     assert found[1](6).virtual_batch_size == 8
     assert variants.read("none,ghost", 32)[1](6).virtual_batch_size == 8
-    assert found[2](48).num_groups == 24
+    assert found[2](48).num_groups == 12
 
 
 @pytest.mark.parametrize("kind", [kind for kind in variants.KINDS if kind != "instance"])

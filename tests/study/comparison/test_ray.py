@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import batchnorm as bn
+from ray_cluster import cluster, lock_of
 from study.comparison import tiny
 from study.comparison.tiny import compare, measured
 
@@ -25,38 +23,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A cluster of two workers, in a folder of its own, that talks to nobody."""
-    environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),  # or it would be written to the user's home
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "OMP_NUM_THREADS": "1",
-    }
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="bn-ray-") as folder:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        from batchnorm.study.comparison.raytune import need_tune
+@pytest.fixture(scope="module", name="cluster")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Ray, on a cluster of its own."""
+    from batchnorm.study.comparison.raytune import need_tune
 
-        try:
-            need_tune()
-        except bn.MissingDependencyError as missing:
-            pytest.skip(str(missing))
-        import ray
-
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            object_store_memory=150 * 2**20,
-            log_to_driver=False,
-            logging_level=logging.CRITICAL,
-            _temp_dir=folder,
-        )
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
+    try:
+        need_tune()
+    except bn.MissingDependencyError as missing:
+        pytest.skip(str(missing))
+    with cluster(lock_of(tmp_path_factory)) as ray:
+        yield ray
 
 
 def test_trials_come_out_as_runs_here(cluster, tmp_path):
