@@ -23,7 +23,7 @@ class Batches:
         ConfigError: a size that BN or the data cannot serve, or groups of unequal size.
     """
 
-    sizes: tuple[int, ...] = (2, 4, 8, 16, 60)
+    sizes: tuple[int, ...] = (2, 4, 16, 60)
     lr: float = 0.1
     steps: int = 100
     ghost: int = 15
@@ -45,4 +45,4 @@ class Batches:
 
 
 QUICK = Batches(sizes=(2, 60), steps=40, class_steps=40, momenta=(0.1, 0.01), looks=(20, 40))
-FULL = Batches(steps=300, class_steps=300, looks=(20, 50, 100, 200, 400))
+FULL = Batches(sizes=(2, 4, 8, 16, 60), steps=300, class_steps=300, looks=(20, 50, 100, 200, 400))

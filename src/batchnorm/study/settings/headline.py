@@ -14,15 +14,15 @@ class Headline:
     """
 
     seeds: int = 5
-    lrs: tuple[float, ...] = (1.0, 2.0, 3.0, 4.0)
+    lrs: tuple[float, ...] = (1.0, 2.0, 4.0)
     tune_steps: int = 1200
     steps: int = 1500
     batch_steps: int = 400
     conservative_lr: float = 0.3
     conservative_steps: int = 2500
     wide_init: float = 4.0
-    wide_steps: int = 500
-    wide_lrs: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
+    wide_steps: int = 300
+    wide_lrs: tuple[float, ...] = (0.5, 1.0, 2.0)
     relu_lrs: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.6)
     counter_steps: int = 400
     hot_factor: float = 30.0
@@ -46,4 +46,6 @@ FULL = Headline(
     tune_steps=1500,
     steps=2000,
     batch_steps=1000,
+    wide_steps=500,
+    wide_lrs=(0.2, 0.5, 1.0, 2.0),
 )

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 class Initialisation:
     """Nets of each of ``layers`` begun with weights of each of ``stds``, at the best of ``lrs``, for ``steps``.
 
-    A decade lies between two of the default's deviations; Xavier's own is about 0.1 here.
+    Xavier's own deviation is about 0.1 here; 0.3 is where nets without normalization begin best.
     """
 
     seeds: int = 3
     layers: tuple[int, ...] = (3, 6)
-    stds: tuple[float, ...] = (0.001, 0.03, 0.3, 3.0)
+    stds: tuple[float, ...] = (0.001, 0.3, 3.0)
     lrs: tuple[float, ...] = (1.0,)
     steps: int = 200
 

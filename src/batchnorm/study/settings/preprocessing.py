@@ -14,7 +14,7 @@ class Preprocessing:
     linear_lrs: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
     linear_steps: int = 150
     deep_lr: float = 1.0
-    deep_steps: int = 900
+    deep_steps: int = 800
 
 
 QUICK = Preprocessing(table_lrs=(0.1, 1.0), linear_lrs=(2.0, 10.0, 20.0, 50.0), linear_steps=80, deep_steps=500)

@@ -17,7 +17,7 @@ class Whitening:
     eigen_groups: tuple[int, ...] = (4,)
     sigmoid_lrs: tuple[float, ...] = (2.0,)
     relu_lrs: tuple[float, ...] = (0.1,)
-    steps: int = 120
+    steps: int = 100
 
 
 QUICK = Whitening(groups=(4,), eigen_groups=(4,), steps=40)
