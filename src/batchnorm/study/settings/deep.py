@@ -39,10 +39,10 @@ QUICK = Deep(
 )
 FULL = Deep(
     lrs=(0.3, 1.0, 3.0),
-    steps=2000,
+    steps=1500,
     batch_steps=500,
     plain_depths=(2, 3, 4, 5),
-    wide_depths=(4, 6, 8, 12),
+    wide_depths=(6, 8, 12),
     batch_depths=(2, 8, 20, 40),
     batch_lrs=(0.1, 0.3),
     depth_steps=1000,

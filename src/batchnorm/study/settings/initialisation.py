@@ -20,4 +20,4 @@ class Initialisation:
 
 
 QUICK = Initialisation(layers=(3,), stds=(0.001, 0.3, 3.0), steps=150)
-FULL = Initialisation(stds=(0.001, 0.01, 0.1, 0.3, 1.0, 3.0), lrs=(0.3, 1.0), steps=500)
+FULL = Initialisation(stds=(0.001, 0.01, 0.1, 0.3, 1.0, 3.0), lrs=(0.3, 1.0), steps=400)
