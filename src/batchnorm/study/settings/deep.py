@@ -19,12 +19,12 @@ class Deep:
     lr: float = 1.0
     steps: int = 500
     batch_steps: int = 200
-    plain_depths: tuple[int, ...] = (2, 3, 4)
+    plain_depths: tuple[int, ...] = (2, 4)
     plain_lr: float = 2.0
     wide_init: float = 4.0
     wide_depths: tuple[int, ...] = (6, 8)
     wide_lr: float = 0.3
-    batch_depths: tuple[int, ...] = (2, 8, 20)
+    batch_depths: tuple[int, ...] = (2, 20)
     batch_lrs: tuple[float, ...] = (0.3,)
     depth_steps: int = 800
 

@@ -18,11 +18,11 @@ class Distribution:
     lr: float = 2.0
     slow: bool = True
     slow_lr: float = 0.3
-    steps: int = 800
+    steps: int = 700
     every: int = 20
     noise_shift: float = 1.0
     noise_scale: float = 0.75
 
 
-QUICK = Distribution(steps=700, slow=False)
-FULL = Distribution()
+QUICK = Distribution(slow=False)
+FULL = Distribution(steps=800)

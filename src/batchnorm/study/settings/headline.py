@@ -16,8 +16,8 @@ class Headline:
     seeds: int = 5
     lrs: tuple[float, ...] = (1.0, 2.0, 4.0)
     tune_steps: int = 1200
-    steps: int = 1500
-    batch_steps: int = 400
+    steps: int = 1300
+    batch_steps: int = 300
     conservative_lr: float = 0.3
     conservative_steps: int = 2500
     wide_init: float = 4.0

@@ -10,7 +10,7 @@ class Identity:
     """What gamma and beta are for: an exact inverse, and a spiral that needs them."""
 
     lr: float = 2.0
-    steps: int = 900
+    steps: int = 800
     turns: float = 1.5
     width: int = 16
     points: int = 1000
