@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 
+# One for the process: Ray reads it once and keeps it, so that a second cluster with another one would refuse its own
+# driver. Without any, it would be written to the user's home.
+TOKEN = secrets.token_hex(16)
+
 
 @contextmanager
 def cluster(lock: Path) -> Iterator[Any]:
@@ -27,7 +31,7 @@ def cluster(lock: Path) -> Iterator[Any]:
 
     environment = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_TOKEN": secrets.token_hex(16),  # or it would be written to the user's home
+        "RAY_AUTH_TOKEN": TOKEN,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
         "OMP_NUM_THREADS": "1",
     }
