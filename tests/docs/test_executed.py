@@ -33,7 +33,7 @@ def test_a_page_prints_and_draws_what_it_shows(page, tmp_path, monkeypatch):
     for name in shown:
         committed = page.parent / "images" / name
         assert committed.read_text(encoding="utf-8").startswith("<svg ")
-        assert committed.stat().st_size < 40_000
+        assert committed.stat().st_size < 120_000  # a page asks for a few of them, and 1,200 dots take 80 KB
 
 
 def test_the_tutorial_has_outputs_and_figures():
