@@ -26,6 +26,7 @@ from batchnorm.study.comparison.result import Comparison
 from batchnorm.study.comparison.settings import CompareConfig
 from batchnorm.study.folder import RunFolder
 from batchnorm.study.pool import Pool
+from batchnorm.study.underway import OnEvent
 
 PLAIN = ("none", "batch")
 
@@ -61,7 +62,7 @@ def compare(
     ray: str | None = None,
     tensorboard: bool | str | Path = False,
     checkpoint_every: float = 30.0,
-    on_event: session.OnEvent | None = None,
+    on_event: OnEvent | None = None,
     command: str = "",
 ) -> Comparison:
     r"""Train a network with and without normalization, each at its best learning rate, and say what that shows.
@@ -198,7 +199,7 @@ def run(
     workers: int = 1,
     ray: str | None = None,
     tensorboard: bool | str | Path = False,
-    on_event: session.OnEvent | None = None,
+    on_event: OnEvent | None = None,
 ) -> Comparison:
     """Do what ``config`` says with ``job``; see :func:`compare`."""
     with tempfile.TemporaryDirectory(prefix="batchnorm-compare-") as scratch:

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import pickle
 import shutil
-import time
-from collections.abc import Callable
 
 from batchnorm._errors import InputError, OutputError, RecordsError
 from batchnorm.study import events, records
@@ -17,13 +15,11 @@ from batchnorm.study.comparison.running import execute
 from batchnorm.study.comparison.settings import CompareConfig
 from batchnorm.study.folder import ENVIRONMENT, RunFolder, environment
 from batchnorm.study.plan import Run
-from batchnorm.study.pool import Done, InProcess, Pool, Progress, Workers
+from batchnorm.study.pool import InProcess, Pool, Workers
 from batchnorm.study.records import Record, Records
+from batchnorm.study.underway import SESSION, OnEvent, UnderWay
 
-OnEvent = Callable[[events.Event], None]
 STATES = "states"
-_SESSION = f"{ENVIRONMENT.id}/session"
-_ENOUGH_TO_ESTIMATE = 0.03
 # Of a budget, what the measurement of its costs may take; of steps, when no budget is given.
 _CALIBRATION, _LONGEST = 0.04, 10.0
 
@@ -59,22 +55,17 @@ def begin(folder: RunFolder, config: CompareConfig, resume: bool) -> tuple[Compa
     return config, Records(tuple(block)), False
 
 
-class Session:
-    """The state of one session: what is known, under way and done."""
+class Session(UnderWay):
+    """A session of a comparison: searches of learning rates, and the measurements that wait for them."""
+
+    metric = "validation"
 
     def __init__(
         self, folder: RunFolder, config: CompareConfig, found: Records, job: Job, on_event: OnEvent | None
     ) -> None:
-        self.folder, self.config, self.job = folder, config, job
-        self.lines: list[Record] = list(found)
-        self.on_event = on_event or (lambda _: None)
-        self.began = time.monotonic()
-        self.known: dict[str, Run] = {}
-        self.queue: list[Run] = []
-        self.partial: dict[str, float] = {}
-        self.later = 0.0
-        self.done = set(found.finished())
-        self.fraction = self.first = 0.0
+        super().__init__(folder, config.seed, found, on_event)
+        self.config, self.job = config, job
+        self._later = 0.0
 
     def go(self, workers: int, pool: Pool | None = None) -> None:
         """Run what is left to run."""
@@ -87,23 +78,32 @@ class Session:
             self.job.threads = Records(tuple(self.lines)).where(section="calibrate").value("threads", 0)
             self.config = planning.settled(self.config, Records(tuple(self.lines)))
             self._plan()
-            self.first = self._advance()
-            left = sum(run.cost for run in self.queue) + self.later
-            self._emit(events.StudyStarted, runs=len(self.known), workers=workers, expected=left / workers)
-            if self.done - {ENVIRONMENT.id, _SESSION, costs.RUN}:
-                self._emit(events.StudyResumed, finished=self._finished(), dropped="")
+            self.started(workers)
+            if self.done - {ENVIRONMENT.id, SESSION, costs.RUN}:
+                self.emit(events.StudyResumed, finished=self.finished(), dropped="")
             if self.queue:
                 pool = pool or self._pool(workers)
                 try:
-                    self._work(pool)
+                    self.work(pool)
                 finally:
                     pool.close()
         finally:
-            self._note_seconds()
-        self._put_in_order()
+            self.note_seconds()
+        wanted = planning.plan(self.config, Records(tuple(self.lines))).runs
+        self.put_in_order([costs.RUN, *(run.id for run in wanted)])
         shutil.rmtree(self.folder.path / STATES, ignore_errors=True)
-        self.fraction = 1.0
-        self._emit(events.StudyFinished, runs=len(self.known))
+
+    def follow_up(self, run: Run) -> None:  # noqa: ARG002 - any of them may settle a search
+        """Plan anew."""
+        self._plan()
+
+    def later(self) -> float:
+        """The measurements that wait for a search."""
+        return self._later
+
+    def start_of(self, run: Run) -> int:
+        """A search that goes on begins where it was left."""
+        return int(run.params["after"])
 
     def _pool(self, workers: int) -> Pool:
         run = functools.partial(execute, self.job)
@@ -121,91 +121,14 @@ class Session:
     def _calibrate(self) -> None:
         config = self.config
         seconds = min(config.budget * _CALIBRATION, _LONGEST) if config.budget else 1.0
-        self._keep_lines(costs.calibrate(self.job, config.lrs[0], seconds, config.seed))
-
-    def _work(self, pool: Pool) -> None:
-        under_way = 0
-        while self.queue or under_way:
-            while self.queue and pool.idle():
-                run = self.queue.pop(0)
-                pool.submit(run)
-                under_way += 1
-                self._emit(events.RunStarted, **_names(run))
-            for done in pool.wait(self._progress):
-                under_way -= 1
-                self._keep(done)
+        self.keep(costs.calibrate(self.job, config.lrs[0], seconds, config.seed))
 
     def _plan(self) -> None:
         wanted = planning.plan(self.config, Records(tuple(self.lines)))
-        self.later = wanted.later
-        for run in wanted.runs:
-            if run.id not in self.known:
-                self.known[run.id] = run
-                if run.id not in self.done:
-                    self.queue.append(run)
+        self._later = wanted.later
+        self.add(wanted.runs)
         # Searches first: what is measured waits for them. Then seed by seed, so that pairs are there early.
         self.queue.sort(key=lambda run: (run.section != "search", run.seed))
-
-    def _keep_lines(self, block: list[Record]) -> None:
-        records.append(self.folder.records_file, block)
-        self.lines += block
-        self.done.add(block[-1]["run"])
-
-    def _keep(self, done: Done) -> None:
-        self._keep_lines(done.block)
-        self.partial.pop(done.run.id, None)
-        self._plan()
-        self._advance()
-        values = [line["value"] for line in done.block if line["metric"] == "validation"]
-        self._emit(
-            events.RunFinished,
-            **_names(done.run),
-            step=done.block[-1]["step"],
-            accuracy=values[-1] if values else None,
-            finished_runs=self._finished(),
-            known_runs=len(self.known),
-        )
-
-    def _finished(self) -> int:
-        return len(self.done & self.known.keys())
-
-    def _progress(self, progress: Progress) -> None:
-        run = progress.run
-        start = run.params["after"]
-        self.partial[run.id] = run.cost * max(progress.step - start, 0) / max(run.steps - start, 1)
-        self._advance()
-        self._emit(events.RunProgress, **_names(run), step=progress.step, accuracy=progress.accuracy)
-
-    def _advance(self) -> float:
-        whole = sum(run.cost for run in self.known.values()) + self.later
-        done = sum(run.cost for run in self.known.values() if run.id in self.done) + sum(self.partial.values())
-        self.fraction = max(self.fraction, min(done / whole, 1.0) if whole else 0.0)
-        return self.fraction
-
-    def _emit(self, kind: Callable[..., events.Event], **fields: object) -> None:
-        passed = time.monotonic() - self.began
-        gained = self.fraction - self.first
-        left = passed / gained * (1 - self.fraction) if gained > _ENOUGH_TO_ESTIMATE else None
-        self.on_event(kind(fraction=self.fraction, seconds_left=left, seconds=passed, **fields))
-
-    def _note_seconds(self) -> None:
-        run = Run(_SESSION, "environment", "environment", self.config.seed, 0, 0.0)
-        block = [run.record(0, "seconds", round(time.monotonic() - self.began, 3), what="session"), run.finished(0)]
-        with contextlib.suppress(OSError):  # an error that is already on its way must not be hidden by this one
-            records.append(self.folder.records_file, block)
-            self.lines += block
-
-    def _put_in_order(self) -> None:
-        """Write the records in the plan's order, which does not depend on which worker was the faster."""
-        wanted = planning.plan(self.config, Records(tuple(self.lines))).runs
-        order = {name: place for place, name in enumerate([ENVIRONMENT.id, costs.RUN, *(run.id for run in wanted)])}
-        inner = sorted((line for line in self.lines if line["run"] in order), key=lambda line: order[line["run"]])
-        sessions = [line for line in self.lines if line["run"] == _SESSION and line["metric"] == "seconds"]
-        if sessions:
-            whole = sessions[0] | {"value": round(sum(line["value"] for line in sessions), 3)}
-            inner += [whole, whole | {"metric": records.FINISHED, "value": True}]
-        self.lines = inner
-        records.rewrite(self.folder.records_file, inner)
 
 
 def _environment(config: CompareConfig) -> list[Record]:
@@ -217,7 +140,3 @@ def _environment(config: CompareConfig) -> list[Record]:
 
         device = f"{device}: {torch.cuda.get_device_name(device)}"
     return [*found[:-1], run.record(0, "device", device), found[-1]]
-
-
-def _names(run: Run) -> dict[str, object]:
-    return {"run": run.id, "section": run.section, "variant": run.variant, "seed": run.seed, "steps": run.steps}
