@@ -129,6 +129,16 @@ def test_a_budget_is_kept_by_what_a_step_takes():
     assert compiled[0] < steps
 
 
+@pytest.mark.parametrize("seconds", [1e-6, 1.0])
+def test_where_steps_are_given_no_time_decides(seconds):
+    config = settings.replaced(tiny.compare().config, steps=400)
+    head = {"section": "calibrate", "seed": 0, "step": 0, "run": "calibrate", "variant": "none"}
+    lines = [head | {"metric": "seconds", "what": "evaluation", "value": seconds}]
+    for batches, count in ((1, 30), (60, 12), (10_000, planning.DENSE)):
+        known = head | {"metric": "batches", "value": batches}
+        assert planning.size(config, Records((*lines, known))) == (400, count)
+
+
 def test_a_small_budget_thins_an_automatic_grid():
     config = settings.replaced(tiny.compare().config, budget=10.0, steps=0, auto=True, lrs=settings.RATES["sgd"])
     head = {"section": "calibrate", "seed": 0, "step": 0, "metric": "seconds", "run": "calibrate"}

@@ -24,6 +24,10 @@ DENSE = 8
 # What is left for making models, writing files and pages; and the most of a budget that evaluations may take.
 _SHARE, _EVALUATIONS = 0.75, 0.35
 _COUNTS = (30, 20, 12, DENSE)
+# The test part is looked at whenever validation improves, and the grid of evaluations has denser places.
+_OFTENER = 1.4
+# Of a step, what the forward pass of a batch takes, about.
+_FORWARD = 1 / 3
 # Of a search's run, the last evaluations that decide, averaged.
 _DECIDING = 3
 
@@ -59,10 +63,11 @@ def size(config: CompareConfig, records: Records) -> tuple[int, int]:
     """
     timed = records.where(section="calibrate", metric="seconds")
     step, look, start = (sum(line["value"] for line in timed.where(what=w)) for w in ("step", "evaluation", "start"))
-    # The test part is looked at whenever validation improves, and the grid of evaluations has denser places.
-    look *= 1.4
     if config.steps:
-        return config.steps, next((n for n in _COUNTS if n * look <= config.steps * step), DENSE)
+        # Counted and not timed: the same command is to give the same records, however busy the machine is.
+        look = _OFTENER * _FORWARD * records.where(section="calibrate").value("batches", 1)
+        return config.steps, next((n for n in _COUNTS if n * look <= config.steps), DENSE)
+    look *= _OFTENER
     # Every run compiles a model of its own; what does not compile has a first step like the others.
     start += sum(line["value"] for line in timed.where(what="first step")) if config.compile else 0.0
     whole = config.budget * _SHARE * config.workers
