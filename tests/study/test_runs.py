@@ -226,7 +226,8 @@ def test_a_failing_run_is_named_and_the_others_are_kept(whole, tmp_path, monkeyp
 
 
 SCRIPT = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     sys.path[:0] = [{source!r}, {tests!r}]
     from study.tiny import TINY
     from batchnorm.study import run_study
