@@ -1,6 +1,6 @@
-"""``batchnorm::moments`` of a table on a GPU: one pass over the memory, in float64. Imports Triton.
+"""``batchnorm::moments`` of tables and images on a GPU: one pass over the memory, in float64. Imports Triton.
 
-Slices of the rows are summed about origins of their own; what they found is merged by Chan's formulas, in torch and in
+Slices of the data are summed about origins of their own; what they found is merged by Chan's formulas, in torch and in
 their order, so that the same data give the same bits.
 """
 
@@ -15,36 +15,56 @@ from torch import Tensor
 from batchnorm.moments.blocks import two_sum
 from batchnorm.moments.cuda_kernel import sums
 
-_ROWS, _FEATURES = 32, 64  # of a tile
-_LEAST_ROWS = 512  # of a slice
+_ROWS, _FEATURES = 32, 64  # of a tile of rows
+_POSITIONS = (2048, 1024, 512, 256, 128, 64)  # of a tile of planes, whose samples fill up what is left of the largest
+_LEAST_TILES = 4  # of a slice
 _PROGRAMS = 4  # for each multiprocessor
 
 
 def moments(x: Tensor, weights: Tensor | None, skip_nan: bool) -> tuple[Tensor, ...]:
-    """The operator for (N, C) whose features lie side by side; anything else is the reference's."""
+    """The operator for (N, C) and (N, C, L) whose features or positions lie side by side.
+
+    Anything else is the reference's.
+    """
     from batchnorm.moments.operator import Sums, reference
 
-    if x.ndim == 3 and x.shape[2] == 1:
+    samples, features = x.shape[:2]
+    positions = x[0, 0].numel()
+    if x.ndim == 3 and positions == 1:
         x = x[:, :, 0]
-    if x.ndim != 2 or x.stride(1) != 1:
+    if x.ndim == 2:
+        rows, stride = x.stride(1) == 1, x.stride(0)
+    else:
+        # Channels-last images are a table of positions, where nothing lies between the samples.
+        rows = x.stride(1) == 1 and x.stride(0) == positions * x.stride(2)
+        stride = x.stride(2) if rows else x.stride(0)
+    if not rows and (x.ndim == 2 or x.stride(2) != 1):
         return reference(x, weights, skip_nan)
-    rows, features = x.shape
-    columns = -(-features // _FEATURES)
-    splits = max(1, min(-(-_multiprocessors(x.device) * _PROGRAMS // columns), rows // _LEAST_ROWS))
+    if rows:
+        a, b = _ROWS, _FEATURES
+        units, tiles = -(-features // b), -(-samples * positions // a)
+    else:
+        b = min(_POSITIONS, key=lambda length: (-(-positions // length) * length, -length))  # the least waste
+        a = max(1, min(_POSITIONS[0] // b, 1 << (samples - 1).bit_length()))
+        units, tiles = features, -(-samples // a) * -(-positions // b)
+    splits = max(1, min(-(-_multiprocessors(x.device) * _PROGRAMS // units), tiles // _LEAST_TILES))
     partial = x.new_empty(6, splits, features, dtype=torch.float64)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        sums[(columns, splits)](
+        sums[(units, splits)](
             x,
             None if weights is None else weights.contiguous(),
             partial,
-            rows,
-            x.stride(0),
+            samples,
+            positions,
+            stride,
+            0 if rows else x.stride(1),
             splits,
             features,
+            ROWS=rows,
             WEIGHTED=weights is not None,
             SKIP_NAN=skip_nan,
-            A=_ROWS,
-            B=_FEATURES,
+            A=a,
+            B=b,
             num_warps=8,
         )
     return Sums(*_merged(*partial.unbind()))

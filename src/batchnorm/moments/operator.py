@@ -6,8 +6,8 @@ the extremes ``low`` and ``high``, +inf and -inf where there are none. A row wit
 holds. NaN is no extreme; from the others it is left out with ``skip_nan``, and spoils its channel without.
 
 The C++ kernel (csrc/features.cpp) reads the memory once, in blocks that it merges by Chan's formulas; so does the one
-for GPUs (:mod:`batchnorm.moments.cuda`), of (N, C). :func:`reference` is the textbook's two passes in plain torch, for
-every device.
+for GPUs (:mod:`batchnorm.moments.cuda`), where neighbours lie side by side in memory. :func:`reference` is the
+textbook's two passes in plain torch, for every device.
 """
 
 from __future__ import annotations

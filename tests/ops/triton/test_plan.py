@@ -77,6 +77,19 @@ def test_units_under_way_fit_in_the_cache_where_one_does() -> None:
     assert plan.both(whole_rows, device).lanes == plan._units(whole_rows)[0]
 
 
+@pytest.mark.parametrize(("itemsize", "columns"), [(2, 32), (4, 16)])
+def test_a_unit_is_as_narrow_as_the_cache_wants(itemsize: int, columns: int) -> None:
+    device = DEVICES["Hopper"]
+    problem = Problem(256, 512, 28 * 28, True, itemsize, 256, 1)  # 64 columns of it are more than the cache's share
+    launch = plan.both(problem, device)
+    assert columns == launch.B
+    assert launch.lanes * columns * 256 * 28 * 28 * itemsize <= 0.4 * device.cache_bytes
+    assert launch.programs > device.multiprocessors
+    assert plan.statistics(problem, device).B == plan.apply(problem, device).B == 64  # nothing is read twice
+    nothing_helps = dataclasses.replace(problem, positions=10**4)
+    assert plan.both(nothing_helps, device).B == 64
+
+
 def test_whole_tiles_need_no_bounds() -> None:
     device = DEVICES["Hopper"]
     even = Problem(64, 64, 49, True, 2, 64, 1)

@@ -5,20 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from batchnorm.ops.triton.kernels.backward import backward as kernel
-from batchnorm.ops.triton.launching import (
-    Data,
-    channels,
-    columns,
-    constants,
-    device_of,
-    mask_of,
-    options,
-    phases,
-    run,
-    scratch,
-    shape_arguments,
-    vector,
-)
+from batchnorm.ops.triton.launching import Data, channels, columns, mask_of, perform, vector
 
 
 def grad_sums(
@@ -198,18 +185,8 @@ def _backward(
         "dbias": parameters[1],
         "stride": 0 if cut is None else 3 * data.channels + 1,
     }
-    for (first, second), launch in phases(problem, device_of(data.like.device), sums, dx is not None):
-        run(
-            kernel,
-            data.like,
-            launch.programs,
-            arguments
-            | {"SUMS": first, "APPLY": second}
-            | scratch(data.like, problem, launch, 2 if first else 0)
-            | shape_arguments(problem, launch)
-            | constants(problem, launch, given.activation, given.mask),
-            **options(launch, meets=first and second),
-        )
+    wanted = {"SUMS": sums, "APPLY": dx is not None}
+    perform(kernel, data, problem, wanted, arguments, vectors=2, activation=given.activation, mask=given.mask)
 
 
 def _finished(data: Data, outputs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor]:

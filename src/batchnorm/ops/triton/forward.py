@@ -10,21 +10,7 @@ from torch import Tensor
 from batchnorm.ops.schema import needs_sign, statistics_dtype
 from batchnorm.ops.triton.averages import Averages
 from batchnorm.ops.triton.kernels.forward import forward as kernel
-from batchnorm.ops.triton.launching import (
-    Data,
-    channels,
-    columns,
-    constants,
-    device_of,
-    mask_of,
-    options,
-    phases,
-    run,
-    scalar,
-    scratch,
-    shape_arguments,
-    vector,
-)
+from batchnorm.ops.triton.launching import Data, channels, columns, mask_of, perform, scalar, vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +152,7 @@ def _forward(
 ) -> None:
     size, ghosts = cut or (data.samples, 1)
     problem = data.problem(operands=1 if residual is None else 2, backward=False, size=size, ghosts=ghosts)
-    device, mask = device_of(data.like.device), mask_of(mask)
+    mask = mask_of(mask)
     arguments = {
         "x": data.x,
         "residual": None if residual is None else data.match(residual),
@@ -189,18 +175,8 @@ def _forward(
         "stride": 0 if cut is None else 3 * data.channels + 1,
         "FROM_VAR": vectors.invstd is None and not statistics,
     }
-    for (first, second), launch in phases(problem, device, statistics, y is not None):
-        run(
-            kernel,
-            data.like,
-            launch.programs,
-            arguments
-            | {"STATISTICS": first, "APPLY": second}
-            | scratch(data.like, problem, launch, 3 if first else 0)
-            | shape_arguments(problem, launch)
-            | constants(problem, launch, activation, mask),
-            **options(launch, meets=first and second),
-        )
+    wanted = {"STATISTICS": statistics, "APPLY": y is not None}
+    perform(kernel, data, problem, wanted, arguments, vectors=3, activation=activation, mask=mask)
 
 
 def _with_output(x: Tensor) -> tuple[Data, tuple[Tensor, Tensor]]:

@@ -13,6 +13,9 @@ from batchnorm.ops.schema import LEAKY_SLOPE, runs, statistics_dtype
 from batchnorm.ops.schema import _dense as dense
 from batchnorm.ops.triton import plan
 
+# Of the driver's message where not all programs of a cooperative launch can be resident.
+_TOO_MANY = "too many blocks in cooperative launch"
+
 
 class Data:
     """x as the kernels take it: dense, in rows or in planes; and whatever has its shape, in the same order.
@@ -141,27 +144,71 @@ def scratch(like: Tensor, problem: plan.Problem, launch: plan.Launch, vectors: i
     }
 
 
-def phases(
-    problem: plan.Problem, device: plan.Device, first: bool, second: bool
-) -> list[tuple[tuple[bool, bool], plan.Launch]]:
-    """The launches of a call: both phases in one, where that can be, or one after the other."""
-    if first and second:
+_refused: set[torch.device] = set()  # cards that would not start all programs of a launch together
+
+
+def perform(
+    kernel: Any,
+    data: Data,
+    problem: plan.Problem,
+    wanted: dict[str, bool],
+    arguments: dict[str, Any],
+    *,
+    vectors: int,
+    activation: str,
+    mask: Tensor | None,
+) -> None:
+    """Launch a kernel's two phases, those that are ``wanted``: both at once, where that can be, or one after the other.
+
+    ``vectors``: how many a program leaves in memory for each of its units after the first phase.
+    """
+    device = device_of(data.like.device)
+    meets = plan.may_meet() and data.like.device not in _refused
+    for phases, launch in _launches(problem, device, wanted, meets):
+        cooperative = launch.split and sum(phases.values()) == 2
+        try:
+            run(
+                kernel,
+                data.like,
+                launch.programs,
+                arguments
+                | phases
+                | scratch(data.like, problem, launch, vectors if next(iter(phases.values())) else 0)
+                | shape_arguments(problem, launch)
+                | constants(problem, launch, activation, mask),
+                **options(launch, cooperative=cooperative),
+            )
+        except RuntimeError as error:
+            # A card may hold fewer programs than it has room for, where others have been given a share of it (MPS).
+            # Nothing has run then.
+            if not cooperative or _TOO_MANY not in str(error):
+                raise
+            _refused.add(data.like.device)
+            perform(kernel, data, problem, wanted, arguments, vectors=vectors, activation=activation, mask=mask)
+
+
+def _launches(
+    problem: plan.Problem, device: plan.Device, wanted: dict[str, bool], meets: bool
+) -> list[tuple[dict[str, bool], plan.Launch]]:
+    """The launches of a call, each with its phases."""
+    (first, has_first), (second, has_second) = wanted.items()
+    if has_first and has_second:
         launch = plan.both(problem, device)
-        if not launch.split or plan.may_meet():
-            return [((True, True), launch)]
+        if not launch.split or meets:
+            return [(wanted, launch)]
     launches = []
-    if first:
-        launches.append(((True, False), plan.statistics(problem, device)))
-    if second:
-        launches.append(((False, True), plan.apply(problem, device)))
+    if has_first:
+        launches.append(({first: True, second: False}, plan.statistics(problem, device)))
+    if has_second:
+        launches.append(({first: False, second: True}, plan.apply(problem, device)))
     return launches
 
 
-def options(launch: plan.Launch, *, meets: bool) -> dict[str, Any]:
-    """How Triton is to compile and launch."""
-    # Programs that wait for each other must all be resident: a cooperative launch is refused where they cannot be, and
-    # otherwise runs them together.
-    cooperative = launch.split and meets
+def options(launch: plan.Launch, *, cooperative: bool) -> dict[str, Any]:
+    """How Triton is to compile and launch. ``cooperative``: programs wait for each other, and so must all be resident.
+
+    The launch is then refused where they cannot be, and otherwise runs them together.
+    """
     return {"num_warps": launch.warps, "maxnreg": launch.registers, "launch_cooperative_grid": cooperative}
 
 

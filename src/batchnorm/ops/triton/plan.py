@@ -20,6 +20,8 @@ _BACKWARD_PROGRAMS, _BACKWARD_REGISTERS = 2, 128
 # Channels side by side in a tile of rows: 128 bytes of a 16-bit type, whole sectors of memory and no more columns than
 # needed, so that many units of large tensors fit in the cache one after the other.
 _COLUMNS = 64
+# Fewer where a unit then fits in the cache, but not fewer bytes than memory hands out at a time.
+_LEAST_COLUMN_BYTES = 64
 # Values of one run in a tile of planes, longest first: the first that wastes least is taken.
 _RUNS = (4096, 2048, 1024, 512)
 # Of the second-level cache, what the units under way may fill; the rest is for what they write.
@@ -49,6 +51,7 @@ class Problem:
     """Data of (samples, channels, positions) in rows or planes memory, in ghosts of ``size`` samples.
 
     ``operands``: tensors of x's size that a pass reads. ``backward``: whether it is the backward pass.
+    ``columns``: channels side by side in a tile of rows, None for the usual number.
     """
 
     samples: int
@@ -60,6 +63,7 @@ class Problem:
     ghosts: int
     operands: int = 1
     backward: bool = False
+    columns: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def tile(problem: Problem) -> tuple[int, int]:
     """A and B, powers of two."""
     values = _TILE_BYTES // problem.itemsize
     if problem.rows:
-        columns = min(_COLUMNS, max(8, _power_from(problem.channels)))
+        columns = min(problem.columns or _COLUMNS, max(8, _power_from(problem.channels)))
         rows = problem.size * problem.positions
         return min(values // columns, _power_from(rows)), columns
     length = problem.positions
@@ -105,10 +109,10 @@ def both(problem: Problem, device: Device) -> Launch:
     at a time as the cache holds, so that the second look at them reads no memory. All programs are then resident at
     the same time, and the launch must be cooperative.
     """
+    problem = _narrow(problem, device)
     units, tiles = _units(problem)
     resident = device.multiprocessors * (_BACKWARD_PROGRAMS if problem.backward else _FORWARD_PROGRAMS)
-    unit_bytes = _per_unit(problem) * problem.itemsize * problem.operands
-    held = int(device.cache_bytes * _CACHE_SHARE) // max(1, unit_bytes)
+    held = _held(problem, device)
     # As many units at a time as the cache holds; if it holds not even one, all, so that memory is read in its order.
     lanes = min(units, resident, held or units)
     lanes = -(-units // -(-units // lanes))  # evenly over the rounds
@@ -169,6 +173,21 @@ def _units(problem: Problem) -> tuple[int, int]:
     else:
         units, tiles = problem.channels, -(-problem.size // a) * -(-problem.positions // b)
     return units * problem.ghosts, tiles
+
+
+def _held(problem: Problem, device: Device) -> int:
+    """How many units the cache holds, of what is read twice: a residual is not, before the backward pass."""
+    unit_bytes = _per_unit(problem) * problem.itemsize * (problem.operands if problem.backward else 1)
+    return int(device.cache_bytes * _CACHE_SHARE) // max(1, unit_bytes)
+
+
+def _narrow(problem: Problem, device: Device) -> Problem:
+    """With as many columns as let the cache hold a unit, where there are any: x is then read from memory once."""
+    tried, columns = problem, tile(problem)[1]
+    while problem.rows and not _held(tried, device) and columns // 2 * problem.itemsize >= _LEAST_COLUMN_BYTES:
+        columns //= 2
+        tried = dataclasses.replace(problem, columns=columns)
+    return tried if _held(tried, device) else problem
 
 
 def _per_unit(problem: Problem) -> int:

@@ -1,4 +1,4 @@
-"""``batchnorm::moments`` of tables on a GPU, in the interpreter: exact arithmetic and the reference beside it."""
+"""``batchnorm::moments`` on a GPU, in the interpreter: exact arithmetic and the reference beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several slices and tiles of columns of a small table."""
     monkeypatch.setattr(cuda, "_ROWS", 4)
     monkeypatch.setattr(cuda, "_FEATURES", 4)
-    monkeypatch.setattr(cuda, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(cuda, "_POSITIONS", (16, 8, 4))
+    monkeypatch.setattr(cuda, "_LEAST_TILES", 2)
 
 
 def assert_same(x: torch.Tensor, weights: torch.Tensor | None, skip_nan: bool) -> Sums:
@@ -63,11 +64,33 @@ def test_an_offset_of_1e8_costs_no_digits() -> None:
         assert abs(float(Fraction(ours[3][feature].item()) - m2)) <= 1e-12 * float(m2)
 
 
+@pytest.fixture
+def _no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batchnorm.moments.operator.reference", lambda *_: pytest.fail("the kernel serves these"))
+
+
+@pytest.mark.usefixtures("_no_reference")
+@pytest.mark.parametrize("shape", [(5, 3, 35), (23, 2, 4), (3, 6, 1), (1, 1, 50), (9, 5, 7)], ids=str)
+@pytest.mark.parametrize("layout", ["planes", "channels_last", "planes with gaps"])
+@pytest.mark.parametrize("skip_nan", [False, True])
+def test_images(shape: tuple[int, int, int], layout: str, skip_nan: bool) -> None:
+    samples, features, positions = shape
+    x = torch.randn(samples, features, positions) * 2 + 100
+    x[-1, 0, -1] = torch.nan
+    x[0, -1, 0] = 1e4  # what a channel begins with may be an outlier
+    if layout == "channels_last":
+        x = x.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+    elif layout == "planes with gaps":
+        x = torch.cat([x, x], 1)[:, :features]
+    assert_same(x, None, skip_nan)
+
+
 def test_rows_with_gaps_and_what_it_leaves_to_the_reference() -> None:
     wide = torch.randn(20, 9)
     assert_same(wide[::2, :5], None, False)
     assert_same(wide[:, ::2], None, False)
-    assert_same(torch.randn(5, 3, 7), None, False)
+    assert_same(torch.randn(5, 3, 14)[:, :, ::2], None, False)
+    assert_same(torch.randn(7, 5, 3).transpose(1, 2)[::2], None, False)  # channels-last samples with gaps
     nothing = Sums(*cuda.moments(torch.randn(4, 3), torch.zeros(4, dtype=torch.float64), False))
     assert not nothing.mean.any()
     assert not nothing.m2.any()
