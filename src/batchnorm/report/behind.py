@@ -147,7 +147,7 @@ def _value(series: Series, at: int) -> str | None:
     if series.low is None or series.high is None:
         return None if value is None else number(value)
     low, high = series.low[at], series.high[at]
-    middle = "never" if value is None else number(value)
+    middle = series.missing if value is None else number(value)
     if low is None:
         return None if value is None else middle
     return middle if low == high else f"{middle} [{number(low)}, {'open' if high is None else number(high)}]"

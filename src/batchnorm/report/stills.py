@@ -167,7 +167,7 @@ def _bars(axes: Axes, series: Series, key: Key, x: list[float], turn: tuple[int,
     options["error_kw"] = {"elinewidth": 1}
     draw: Any = axes.barh if flipped else axes.bar
     held = draw(places, values, **({"height": width} if flipped else {"width": width}), **options)
-    labels = ["never" if value is None else number(value) for value in series.y]
+    labels = [series.missing if value is None else number(value) for value in series.y]
     axes.bar_label(held, labels, padding=3, fontsize=8, color=_of("ink"))
 
 

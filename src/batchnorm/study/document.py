@@ -39,7 +39,7 @@ class Series:
 
     ``low`` and ``high`` span the spread over seeds around ``y`` (same length), drawn as a band or as whiskers. A series
     of kind "heatmap" has ``z``, rows of values over ``y`` by ``x``. ``role`` says what a series stands for, so that the
-    same thing has the same colour on the whole page.
+    same thing has the same colour on the whole page. ``missing`` is what a bar without a value is labelled with.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Series:
     z: tuple[tuple[float, ...], ...] | None = None
     role: Literal["none", "batch", "control", "other", "data-a", "data-b"] = "other"
     dash: bool = False
+    missing: str = "never"
 
 
 @dataclass(frozen=True)
