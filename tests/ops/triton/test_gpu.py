@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 import batchnorm as bn
+from batchnorm.moments.operator import reference as moments_reference
 from batchnorm.ops import native, reference, selftest
 from batchnorm.ops.schema import ACTIVATIONS, SCHEMAS
 from batchnorm.ops.triton import plan
@@ -221,3 +222,16 @@ def test_more_than_2_31_elements(memory_format):
         expected = reference.normalize(x[part], mean, invstd, None, None, None, None, "none")[0]
         torch.testing.assert_close(y[part], expected, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(var, torch.ones_like(var), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(100_003, 37), (1, 1), (64, 5, 3137), (7, 300, 49)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["", "channels last"])
+def test_moments_for_preprocessing(shape, dtype, last):
+    x = (torch.randn(shape, device="cuda", dtype=torch.float64) * 3 + 1e4).to(dtype)
+    if last and len(shape) == 3:
+        x = x.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+    for ours, exact in zip(
+        torch.ops.batchnorm.moments(x, None, False), moments_reference(x.cpu(), None, False), strict=True
+    ):
+        torch.testing.assert_close(ours.cpu(), exact, rtol=1e-11, atol=1e-11)

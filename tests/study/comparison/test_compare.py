@@ -166,6 +166,24 @@ def test_autocast(amp):
     assert comparison.summary.complete
 
 
+def test_compiled_it_comes_to_the_same(monkeypatch):
+    compiled, whole = [], torch.compile
+
+    def compile_(model):
+        compiled.append(model)
+        return whole(model, backend="aot_eager", fullgraph=True)
+
+    options = {"seeds": 1, "steps": 8, "variants": ("none", "batch")}
+    plain = compare(**options)
+    monkeypatch.setattr(torch, "compile", compile_)
+    comparison = compare(compile=True, **options)
+    assert comparison.config.compile
+    assert len(compiled) >= 2
+    losses = [[line["value"] for line in measured(found)] for found in (plain, comparison)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert [line["value"] for line in comparison.records if line.get("what") == "first step"]
+
+
 def test_sequences_with_lengths_through_a_loader():
     torch.manual_seed(0)
     x, lengths, y = torch.randn(200, 2, 9), torch.randint(3, 10, (200,)), torch.arange(200) % 2
