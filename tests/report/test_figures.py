@@ -73,9 +73,9 @@ def test_a_bar_that_never_arrived_says_so() -> None:
 
 def test_a_bar_that_cannot_have_a_value_says_why() -> None:
     figure = samples.bars()
-    other = dataclasses.replace(figure.series[0], missing="nothing promised")
+    other = dataclasses.replace(figure.series[0], missing="none")
     (text,) = traces(dataclasses.replace(figure, series=(other,)), series=0, band=True)
-    assert [label.strip() for label in text["text"]][3] == "nothing promised"
+    assert [label.strip() for label in text["text"]][3] == "none"
 
 
 def test_bars_with_long_names_lie_down_and_names_are_shortened() -> None:

@@ -140,7 +140,7 @@ def _kept_figure(found: Nets, rate: float) -> Figure:
         middle, low, high = (
             tuple(rounded(getattr(item, end)) for item in spreads) for end in ("median", "low", "high")
         )
-        series.append(Series(name, parts, middle, low, high, role=role, missing="nothing promised"))
+        series.append(Series(name, parts, middle, low, high, role=role, missing="none"))
     return Figure(
         "outside-kept",
         "bars",
