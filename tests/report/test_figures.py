@@ -110,6 +110,15 @@ def test_axes_follow_the_figure() -> None:
     assert list(panel.layout["yaxis"]["range"]) == [0.0, 1.0]
 
 
+def test_bars_that_are_numbers_stand_by_size() -> None:
+    bars = dataclasses.replace(samples.bars().series[0], y=(1.0, 2.0), low=None, high=None)
+    series = tuple(dataclasses.replace(bars, name=name, x=x) for name, x in (("a", ("2", "10")), ("b", ("0.3", "2"))))
+    (panel,) = plot(dataclasses.replace(samples.bars(), series=series)).panels
+    assert list(panel.layout["xaxis"]["categoryarray"]) == ["0.3", "2", "10"]
+    (panel,) = plot(samples.bars()).panels
+    assert list(panel.layout["xaxis"]["categoryarray"]) == ["raw", "centred", "standardized", "whitened"]
+
+
 def test_a_small_grid_is_a_table_with_its_numbers() -> None:
     result = plot(samples.small_grid())
     (panel,) = result.panels

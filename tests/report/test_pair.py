@@ -77,6 +77,17 @@ def test_numbers_are_paired_by_series_and_place() -> None:
     assert found[0].first == (43.0, 40.0, 46.0)
 
 
+def test_a_number_that_neither_has_is_called_what_its_series_calls_it() -> None:
+    bars = samples.bars()
+    series = (dataclasses.replace(bars.series[0], missing="none"), *bars.series[1:])
+    section = samples.section("distribution", dataclasses.replace(bars, series=series), samples.small_grid())
+    summary = samples.summary(sections=(samples.section("headline", samples.lines()), section))
+    page = html.unescape(render(Run("before", summary), Run("after", summary)))
+    row = re.search(r"whitened, tuned rate.*?</tr>", page, re.DOTALL)
+    assert row is not None
+    assert re.findall(r">\s*(none|never)\s*<", row[0]) == ["none", "none"]
+
+
 def test_both_figures_become_one_with_the_second_dashed() -> None:
     both = overlaid(samples.bars(), changed(samples.bars(), 2.0), ("before", "after"))
     assert [(series.name, series.dash) for series in both.series] == [

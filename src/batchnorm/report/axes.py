@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from batchnorm.report.traces import text_of
@@ -31,8 +32,10 @@ def layout_of(figure: Figure, flipped: bool) -> dict[str, Any]:
             axis.update(_decades(values))
     if names and figure.kind != "heatmap":
         across["showgrid"] = False
-        order = list(dict.fromkeys(names))
+        order = in_order(names)
         across.update(
+            categoryorder="array",
+            categoryarray=[text_of(name) for name in order],
             tickmode="array",
             tickvals=[text_of(name) for name in order],
             ticktext=["<br>".join(text_of(line) for line in wrapped(name)) for name in order],
@@ -62,6 +65,14 @@ def layout_of(figure: Figure, flipped: bool) -> dict[str, Any]:
         # Else plotly adds its own template, 7 KB a plot.
         "template": {},
     }
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each name once: by size where all are numbers (of two runs, each may have some), else as they come."""
+    order = list(dict.fromkeys(names))
+    with contextlib.suppress(ValueError):
+        order.sort(key=float)
+    return order
 
 
 def _axis() -> dict[str, Any]:

@@ -40,13 +40,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Value:
-    """A number of both runs: ``place`` in ``series`` of a figure, each as (value, low, high)."""
+    """A number of both runs: ``place`` in ``series`` of a figure, each as (value, low, high).
+
+    ``missing``: what stands for a value that is not there.
+    """
 
     figure: str
     series: str
     place: float | str
     first: tuple[float | None, float | None, float | None]
     second: tuple[float | None, float | None, float | None]
+    missing: str = "never"
 
     @property
     def judgement(self) -> Judgement:
@@ -140,7 +144,8 @@ def values_of(first: Figure, second: Figure) -> Iterator[Value]:
         known = {place: at for at, place in enumerate(other.x)}
         for at, place in enumerate(series.x):
             if place in known:
-                yield Value(first.title, series.name, place, _triple(series, at), _triple(other, known[place]))
+                ends = _triple(series, at), _triple(other, known[place])
+                yield Value(first.title, series.name, place, *ends, series.missing)
 
 
 def overlaid(first: Figure, second: Figure, labels: tuple[str, str]) -> Figure:
@@ -203,9 +208,7 @@ def _part(index: int, pair: tuple[Section, Section], runs: tuple[Run, Run]) -> d
 def _apart(values: Sequence[Value], labels: tuple[str, str]) -> Table:
     apart = [value for value in values if value.judgement == "apart"]
     step = -(-len(apart) // _SHOWN)
-    rows = tuple(
-        (item.figure, item.series, _place(item.place), _said(item.first), _said(item.second)) for item in apart
-    )
+    rows = tuple((item.figure, item.series, _place(item.place), *_said(item)) for item in apart)
     note = f"Every {step}. of {len(apart)} such numbers; the data of the figures have all." if step > 1 else ""
     return Table("Numbers whose ranges over seeds lie apart", ("figure", "series", "at", *labels), rows[::step], note)
 
@@ -218,7 +221,7 @@ def _headline(first: Run, second: Run) -> Table:
         names = {"ratio": "times fewer steps", "baseline_steps": "steps without", "bn_steps": "steps with batch norm"}
         for key, name in names.items():
             value = Value("", name, "", _ends(one[key]), _ends(other[key]))
-            rows.append((name, _said(value.first), _said(value.second), value.judgement))
+            rows.append((name, *_said(value), value.judgement))
     for section in first.summary.sections:
         match = next((item for item in second.summary.sections if item.name == section.name), None)
         for figure in section.figures if match is not None else ():
@@ -228,8 +231,7 @@ def _headline(first: Run, second: Run) -> Table:
             rows += [
                 (
                     f"{figure.title}: {_place(item.place)}" + (f", {item.series}" if len(figure.series) > 1 else ""),
-                    _said(item.first),
-                    _said(item.second),
+                    *_said(item),
                     item.judgement,
                 )
                 for item in found
@@ -296,12 +298,16 @@ def _ends(spread: Mapping[str, Any]) -> tuple[float | None, float | None, float 
     return spread["median"], spread["low"], spread["high"]
 
 
-def _said(value: tuple[float | None, float | None, float | None]) -> str:
-    middle, low, high = value
-    shown = "never" if middle is None else number(middle)
-    if low is None or low == high:
-        return shown
-    return f"{shown} [{number(low)}, {'open' if high is None else number(high)}]"
+def _said(value: Value) -> tuple[str, str]:
+    """Both numbers with their ranges."""
+
+    def said(middle: float | None, low: float | None, high: float | None) -> str:
+        shown = value.missing if middle is None else number(middle)
+        if low is None or low == high:
+            return shown
+        return f"{shown} [{number(low)}, {'open' if high is None else number(high)}]"
+
+    return said(*value.first), said(*value.second)
 
 
 def _place(place: float | str) -> str:

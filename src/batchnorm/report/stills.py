@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from batchnorm._errors import MissingDependencyError
 from batchnorm.report import palette
-from batchnorm.report.axes import is_data_space, wrapped
+from batchnorm.report.axes import in_order, is_data_space, wrapped
 from batchnorm.report.numbers import number
 from batchnorm.report.traces import Key
 from batchnorm.study.document import Figure, Series
@@ -99,7 +99,7 @@ def still(figure: Figure, keys: Sequence[Key], flipped: bool = False, name: str 
 def _draw(axes: Axes, figure: Figure, keys: Sequence[Key], flipped: bool) -> None:
     from matplotlib.ticker import NullFormatter
 
-    names = list(dict.fromkeys(name for series in figure.series for name in series.x if isinstance(name, str)))
+    names = in_order(name for series in figure.series for name in series.x if isinstance(name, str))
     axes.set_axisbelow(True)
     axes.grid(axis="x" if flipped else "y" if names else "both", linewidth=0.8)
     if figure.log_x and not names:
