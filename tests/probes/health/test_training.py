@@ -20,6 +20,18 @@ def split(model, decay=1e-4):
     ]
 
 
+def test_several_optimizers_are_looked_at_together(examine):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    apart = [optim.SGD(model[0].parameters(), lr=0.1), optim.SGD(model[1].parameters(), lr=0.1, weight_decay=0.1)]
+    (found,) = examine(model, "BN107", optimizer=apart)
+    assert found.numbers["group"] == 1
+    # One optimizer holds the layer's neighbour, the other the layer.
+    assert not examine(model, "BN110", optimizer=apart)
+    assert examine(model, "BN110", optimizer=apart[:1])
+    with pytest.raises(bn.InputError, match=r"expected optimizer= to be a torch.optim.Optimizer, got int"):
+        bn.diagnose(model, optimizer=[apart[0], 1])
+
+
 def test_weight_decay_is_one_finding_for_a_group(examine):
     model = net()
     (found,) = examine(model, "BN107", optimizer=optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.01))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def diagnose(
     example: Any = None,
     *,
     forward_fn: ForwardFn | None = None,
-    optimizer: optim.Optimizer | None = None,
+    optimizer: optim.Optimizer | Sequence[optim.Optimizer] | None = None,
     select: Collection[str] | None = None,
     ignore: Collection[str] = (),
 ) -> Diagnosis:
@@ -40,7 +40,7 @@ def diagnose(
         example: one batch, to see how the layers are connected; without it the first of ``batches`` is taken, and
             without those torch.fx reads the forward as far as it can.
         forward_fn: ``forward_fn(model, batch)`` for batches of another kind.
-        optimizer: that which trains the model, to see how it treats gamma and beta.
+        optimizer: that which trains the model, or several that do, to see how gamma and beta are treated.
         select: codes, names or patterns of the rules to apply (``["BN2", "never-updated"]``); None for all.
         ignore: those to leave out.
 
@@ -55,13 +55,15 @@ def diagnose(
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(unwrapped(model)[0], torch.jit.ScriptModule):
         raise InputError("expected a model in Python, got a ScriptModule: diagnose the model that it was made from")
-    if optimizer is not None and not isinstance(getattr(optimizer, "param_groups", None), list):
-        raise InputError(f"expected optimizer= to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    optimizers = [] if optimizer is None else optimizer if isinstance(optimizer, Sequence) else [optimizer]
+    for each in optimizers:
+        if not isinstance(getattr(each, "param_groups", None), list):
+            raise InputError(f"expected optimizer= to be a torch.optim.Optimizer, got {type(each).__name__}")
     chosen = selected(select, ignore)
     if batches is not None:
         batches, first = _peeked(batches)
         example = first if example is None else example
-    subject = Subject(model, batches, example, forward_fn=forward_fn, optimizer=optimizer)
+    subject = Subject(model, batches, example, forward_fn=forward_fn, optimizers=optimizers or None)
     findings: list[Finding] = []
     checked: list[str] = []
     skipped: dict[str, str] = {}
@@ -81,7 +83,7 @@ def _missing(candidate: Rule, subject: Subject) -> str:
     """What the rule cannot do without and does not have; empty where it has all."""
     match candidate.needs:
         case "optimizer":
-            return "" if subject.optimizer is not None else "optimizer"
+            return "" if subject.groups is not None else "optimizer"
         case "batches":
             return "batches" if subject.batches is None else subject.cannot_run
         case "wiring":

@@ -46,7 +46,7 @@ class Subject:
         example: a batch, or None.
         batches: data, or None.
         forward_fn: how the model takes a batch.
-        optimizer: that which trains the model, or None.
+        groups: the parameter groups of what trains the model, all optimizers' in turn, or None.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Subject:
         example: Any = None,
         *,
         forward_fn: ForwardFn | None = None,
-        optimizer: optim.Optimizer | None = None,
+        optimizers: Iterable[optim.Optimizer] | None = None,
     ) -> None:
         self.root = model
         self.model, self.prefix = unwrapped(model)
         self.example = example
         self.batches = batches
         self.forward_fn = forward_fn
-        self.optimizer = optimizer
+        self.groups = None if optimizers is None else [group for each in optimizers for group in each.param_groups]
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

@@ -33,8 +33,8 @@ def weight_decay(subject: Subject) -> Iterator[Sign]:
 
     False alarms: recipes that decay everything and were tuned so; torchvision's do.
     """
-    assert subject.optimizer is not None
-    for number, group in enumerate(subject.optimizer.param_groups):
+    assert subject.groups is not None
+    for number, group in enumerate(subject.groups):
         inside = {id(parameter) for parameter in group["params"]}
         decay = group.get("weight_decay", 0)
         decay = float(decay) if decay is not None else 0.0
@@ -138,8 +138,8 @@ def not_in_optimizer(subject: Subject) -> Iterator[Sign]:
 
     False alarms: training of convolutions alone, on purpose, without ``requires_grad_(False)`` on the rest.
     """
-    assert subject.optimizer is not None
-    known = {id(parameter) for group in subject.optimizer.param_groups for parameter in group["params"]}
+    assert subject.groups is not None
+    known = {id(parameter) for group in subject.groups for parameter in group["params"]}
     for layer in subject.trained:
         missing = [k for k, kept in _parameters(layer).items() if kept.requires_grad and id(kept) not in known]
         if not missing:
