@@ -7,7 +7,7 @@ from statistics import median
 from typing import Literal
 
 from batchnorm.study.document import Series, Spread
-from batchnorm.study.measures import Curve
+from batchnorm.study.measures import Curve, spread
 from batchnorm.study.records import Records
 
 Role = Literal["none", "batch", "control", "other", "data-a", "data-b"]
@@ -65,6 +65,12 @@ def curves(records: Records, metric: str) -> list[Curve]:
     runs = [records.where(run=run_id) for run_id in records.distinct("run")]
     runs.sort(key=lambda run: run.lines[0]["seed"])
     return [curve for run in runs if (curve := run.curve(metric))]
+
+
+def step_seconds(records: Records) -> Spread:
+    """What a step took in each run of ``records``, by seed."""
+    timed = sorted(records.where(metric="seconds", what="step"), key=lambda line: line["seed"])
+    return spread([line["value"] for line in timed])
 
 
 def band(name: str, over_seeds: Sequence[Curve], role: Role, *, dash: bool = False) -> Series:

@@ -16,7 +16,7 @@ from batchnorm.study.measures import Curve, best, ratios, spread, steps_to
 from batchnorm.study.plan import Plan, Report, Run, run_id
 from batchnorm.study.records import Record, Records
 from batchnorm.study.sections import SECTIONS
-from batchnorm.study.wording import Role, band, curves, listed, ranged, rounded, share, short, triple
+from batchnorm.study.wording import Role, band, curves, listed, ranged, rounded, share, short, step_seconds, triple
 
 THRESHOLD, FURTHER = 0.9, 0.95
 # Ten classes: what is stuck at chance wanders a little around 10%.
@@ -81,13 +81,12 @@ def trained(records: Records) -> Trained | None:
     lines = curves(records, "accuracy")
     if not lines:
         return None
-    timed = sorted(records.where(metric="seconds", what="step"), key=lambda line: line["seed"])
     return Trained(
         records.lines[0]["lr"],
         spread([steps_to(line, THRESHOLD) for line in lines]),
         spread([steps_to(line, FURTHER) for line in lines]),
         spread([best(line) for line in lines]),
-        spread([line["value"] for line in timed]),
+        step_seconds(records),
     )
 
 

@@ -11,7 +11,7 @@ from batchnorm.study.measures import ratios, spread, steps_to
 from batchnorm.study.records import Records
 from batchnorm.study.sections import SECTIONS
 from batchnorm.study.sections.whitening import UNTIL, nets
-from batchnorm.study.wording import Role, band, bars, curves, listed, ranged, rounded, short, triple
+from batchnorm.study.wording import Role, band, bars, curves, listed, ranged, rounded, short, step_seconds, triple
 
 FIRST, SECOND = 0.9, UNTIL
 NAMES = {"batch": "BN", "iternorm": "IterNorm", "decorrelated": "DBN"}
@@ -69,8 +69,7 @@ def _nets(config: StudyConfig, records: Records) -> list[Net]:
             lines = of_net.where(lr=lr)
             found = curves(lines, "accuracy")
             first, second = (spread([steps_to(curve, mark) for curve in found]) for mark in (FIRST, SECOND))
-            seconds = [line["value"] for line in lines.where(metric="seconds", what="step")]
-            tried.append(Net(norm, group, lr, first, second, spread(seconds)))
+            tried.append(Net(norm, group, lr, first, second, step_seconds(lines)))
         if tried:
             best.append(min(tried, key=lambda net: (_open(net.second), _open(net.first))))
     return best
