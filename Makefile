@@ -20,9 +20,9 @@ $(VENV)/bin/python:
 
 # Anew only when what it depends on has changed. The second step builds the extension against the torch of the first.
 $(INSTALLED): requirements/dev.txt requirements/docs.txt requirements/peers.txt pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*/*) | $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt -r requirements/docs.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements/dev.txt -r requirements/docs.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps -r requirements/peers.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
 run: $(INSTALLED) ## run the study on embedded data and write its report
@@ -46,7 +46,7 @@ bench: $(VENV)/.peers ## time the layers and estimators beside their peers (half
 	$(BIN)/python -m benchmarks
 
 $(VENV)/.peers: requirements/bench.txt $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements/bench.txt
 	@touch $@
 
 sanitize: ## run the kernels under the address, undefined-behaviour and thread sanitizers

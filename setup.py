@@ -7,8 +7,10 @@ selftest`` to show.
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +56,35 @@ class OptionalBuildExtension(BuildExtension):
 
     def build_extensions(self) -> None:
         """Compile and link; whatever a missing or broken compiler raises, the package installs."""
-        try:
-            self._compile_instruction_sets()
-            super().build_extensions()
-        except Exception as error:  # noqa: BLE001 - see above
-            self.failure = (str(error).splitlines() or [type(error).__name__])[0]
+        # The kernels of each set take as long as everything else: they are compiled side by side.
+        with ThreadPoolExecutor() as pool:
+            try:
+                self._compile_instruction_sets(pool)
+                super().build_extensions()
+            except Exception as error:  # noqa: BLE001 - see above
+                self.failure = (str(error).splitlines() or [type(error).__name__])[0]
 
-    def _compile_instruction_sets(self) -> None:
+    def _compile_instruction_sets(self, pool: ThreadPoolExecutor) -> None:
         """Each set's kernels with flags of their own, as objects that the extension is linked with."""
         if platform.machine().lower() not in ("x86_64", "amd64"):
             return
-        for name, flags in X86_SETS.items():
-            self.extensions[0].extra_objects += self.compiler.compile(
-                [f"csrc/{name}.cpp"], output_dir=self.build_temp, extra_postargs=["-fPIC", *FLAGS, *flags]
+        link = self.compiler.link_shared_object
+        compiler = copy.copy(self.compiler)  # of their own: torch changes this one while it compiles
+        started = [
+            pool.submit(
+                compiler.compile,
+                [f"csrc/{name}.cpp"],
+                output_dir=self.build_temp,
+                extra_postargs=["-fPIC", *FLAGS, *flags],
             )
+            for name, flags in X86_SETS.items()
+        ]
+
+        def link_when_compiled(objects: list[str], *arguments: Any, **options: Any) -> None:
+            compiled = [path for each in started for path in each.result()]
+            link([*objects, *compiled], *arguments, **options)
+
+        self.compiler.link_shared_object = link_when_compiled
 
 
 def extension() -> Any:
