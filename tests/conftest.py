@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from batchnorm._library import has_kernel, load
 from batchnorm.ops import native
@@ -14,6 +15,10 @@ from batchnorm.ops.native import Status
 from batchnorm.ops.schema import SCHEMAS
 
 torch.set_num_threads(1)
+
+# The same examples every time: a change is judged by what it changes. BATCHNORM_EXPLORE=1 draws new ones.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.load_profile("default" if os.environ.get("BATCHNORM_EXPLORE") == "1" else "same")
 
 
 @pytest.fixture(autouse=True)

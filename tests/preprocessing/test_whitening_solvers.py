@@ -106,8 +106,9 @@ def test_any_split_and_order_of_merging_is_one_fit(
     x = wide(seed, rows, 20, offset) + generator.standard_normal((rows, 20))
     x[generator.random(rows) < 0.1, 3] = np.nan
     weights = generator.integers(0, 3, rows) * 1.0
-    weights[0] = 1
-    x[0] = np.nan_to_num(x[0])
+    # Four rows that count, so that there are directions to whiten, with whatever weights and NaN are drawn.
+    weights[:4] = np.maximum(weights[:4], 1)
+    x[:4] = np.nan_to_num(x[:4], nan=offset)
     cuts = [0, *np.unique(generator.integers(1, rows, 5)), rows]
     parts = [(x[a:b], np.maximum(weights[a:b], 1e-300 * (weights[a:b].sum() == 0))) for a, b in pairwise(cuts)]
     k = 2 if shrinkage and method.startswith("pca") else None
