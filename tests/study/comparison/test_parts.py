@@ -131,12 +131,12 @@ def test_a_budget_is_kept_by_what_a_step_takes():
 
 @pytest.mark.parametrize("seconds", [1e-6, 1.0])
 def test_where_steps_are_given_no_time_decides(seconds):
-    config = settings.replaced(tiny.compare().config, steps=400)
+    config = settings.replaced(tiny.compare().config, steps=400, batch_size=16)
     head = {"section": "calibrate", "seed": 0, "step": 0, "run": "calibrate", "variant": "none"}
-    lines = [head | {"metric": "seconds", "what": "evaluation", "value": seconds}]
+    line = head | {"metric": "seconds", "what": "evaluation", "value": seconds}
     for batches, count in ((1, 30), (60, 12), (10_000, planning.DENSE)):
-        known = head | {"metric": "batches", "value": batches}
-        assert planning.size(config, Records((*lines, known))) == (400, count)
+        judged = settings.replaced(config, samples=(1000, 16 * batches, 1000))
+        assert planning.size(judged, Records((line,))) == (400, count)
 
 
 def test_a_small_budget_thins_an_automatic_grid():

@@ -41,8 +41,7 @@ def calibrate(job: Job, lr: float, seconds: float, seed: int) -> list[Record]:
     """The records of section "calibrate": what the variants cost.
 
     For each variant ``seconds`` of a step, of an evaluation, of the first step (with its compilation), of the start of
-    a run (making the model, writing it once), and ``memory``; the ``batches`` of the validation part; and ``threads``,
-    where the job leaves them to be found.
+    a run (making the model, writing it once), and ``memory``; and ``threads``, where the job leaves them to be found.
 
     Rounds of one step of each variant in turn, so that what disturbs the machine disturbs all alike; the median of the
     rounds after the second. Memory is that of one step: on CUDA the allocator's peak with nothing but this model and
@@ -81,7 +80,6 @@ def calibrate(job: Job, lr: float, seconds: float, seed: int) -> list[Record]:
             ):
                 lines.append(runs[name].record(0, "seconds", round(value, 7), what=what))
     first = runs[job.variants[0].name]
-    lines.append(first.record(0, "batches", sum(1 for _ in job.data.part("validation"))))
     return [*lines, first.record(0, "threads", job.threads), first.finished(0)]
 
 

@@ -65,7 +65,7 @@ def size(config: CompareConfig, records: Records) -> tuple[int, int]:
     step, look, start = (sum(line["value"] for line in timed.where(what=w)) for w in ("step", "evaluation", "start"))
     if config.steps:
         # Counted and not timed: the same command is to give the same records, however busy the machine is.
-        look = _OFTENER * _FORWARD * records.where(section="calibrate").value("batches", 1)
+        look = _OFTENER * _FORWARD * config.samples[1] / config.batch_size
         return config.steps, next((n for n in _COUNTS if n * look <= config.steps), DENSE)
     look *= _OFTENER
     # Every run compiles a model of its own; what does not compile has a first step like the others.
