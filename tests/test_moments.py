@@ -45,7 +45,7 @@ def random_parts(rows: int, seed: int) -> list[slice]:
     return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, rows], strict=True)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.integers(1, 60), OFFSETS)
 def test_any_split_in_any_order_merges_to_the_exact_moments(seed: int, rows: int, offset: float) -> None:
     x = data(seed, rows, 2, offset)
@@ -70,7 +70,7 @@ def test_row_by_row_at_an_offset_of_1e8_is_exact_where_one_float64_mean_is_not()
     assert abs(float(plain.m2) - exact) > 1e-11 * exact
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SEEDS, st.integers(1, 40), OFFSETS)
 def test_weights_nan_and_merging_together(seed: int, rows: int, offset: float) -> None:
     generator = np.random.default_rng(seed)
@@ -199,7 +199,7 @@ def test_bessel() -> None:
     assert bessel_factor(torch.tensor([5.0, 1.0]))[0] == 1.25
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.integers(2, 40), OFFSETS)
 def test_scatter_of_any_split(seed: int, rows: int, offset: float) -> None:
     generator = np.random.default_rng(seed)

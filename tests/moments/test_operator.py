@@ -76,7 +76,7 @@ def test_channels_with_positions(instruction_set: str, shape: tuple[int, ...], d
 
 
 @pytest.mark.usefixtures("kernel")
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 300),

@@ -17,7 +17,7 @@ from batchnorm.moments.products import add_products
 from oracles.moments import assert_exact_scatter
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 400), st.sampled_from([0.0, -1e4, 1e8]), st.booleans())
 def test_any_split_in_place_or_merged_is_exact(seed: int, rows: int, offset: float, weighted: bool) -> None:
     generator = np.random.default_rng(seed)

@@ -153,7 +153,7 @@ def test_constant_domains() -> None:
 # Learning
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from([None, 0.2, "ledoit-wolf"]), st.sampled_from([0.0, 1e5]), st.booleans()
 )

@@ -112,7 +112,7 @@ def test_zeros_stay_zeros_without_a_shift(estimator: Any, dtype: torch.dtype) ->
         assert folded.bias is None or torch.equal(folded.bias, layer.bias)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     estimator=st.sampled_from(ESTIMATORS),
     transposed=st.booleans(),

@@ -77,7 +77,7 @@ def learned(scaler: Any, case: Case) -> list[Any]:
     return [clone(scaler).fit(case.x, sample_weight=case.weights), streamed, merged_in_a_tree(pieces, case.generator)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(CASES)
 def test_mean_and_variance_are_exact_whatever_the_split(case: Case) -> None:
     for scaler in learned(StandardScaler(), case):
@@ -92,7 +92,7 @@ def test_mean_and_variance_are_exact_whatever_the_split(case: Case) -> None:
             assert abs(seen - float(count)) <= 1e-12 * float(count)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(CASES)
 def test_every_way_of_learning_teaches_the_same(case: Case) -> None:
     for scaler in SCALERS:
@@ -104,7 +104,7 @@ def test_every_way_of_learning_teaches_the_same(case: Case) -> None:
             )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(CASES)
 def test_a_whole_weight_is_so_many_repetitions(case: Case) -> None:
     weights = case.generator.integers(0, 4, len(case.x))
@@ -121,7 +121,7 @@ def test_a_whole_weight_is_so_many_repetitions(case: Case) -> None:
     np.testing.assert_allclose(present.var_, absent.var_, rtol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(CASES, st.floats(1e-3, 1e3))
 def test_a_common_factor_of_the_weights_changes_nothing(case: Case, factor: float) -> None:
     weights = np.ones(len(case.x)) if case.weights is None else case.weights
@@ -131,7 +131,7 @@ def test_a_common_factor_of_the_weights_changes_nothing(case: Case, factor: floa
     np.testing.assert_allclose(b.mean_, a.mean_, rtol=1e-12, atol=1e-12 * a.scale_.max())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.sampled_from([0.0, 1.0, 1e4, -1e8]), DTYPES)
 def test_the_inverse_restores_within_one_rounding(seed: int, offset: float, dtype: Any) -> None:
     """``|x' - x|`` is at most half a step of x plus what the result's own rounding is worth in units of x."""
@@ -158,7 +158,7 @@ def test_the_inverse_restores_within_one_rounding(seed: int, offset: float, dtyp
         assert (np.abs(back.astype(np.float64) - x) <= step).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.floats(-1e300, 1e300, allow_nan=False, allow_subnormal=False),
     st.integers(1, 5000),
@@ -181,7 +181,7 @@ def test_a_constant_is_a_constant_whatever_it_is(value: float, rows: int, dtype:
         assert (fitted.inverse_transform(y) == x).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.sampled_from([1e-6, 0.1, 1 / 3, 7.7, 1e8, -1e15]), st.integers(2, 3000))
 def test_noise_of_the_last_bit_is_not_amplified(seed: int, value: float, rows: int) -> None:
     """Rounding noise beside a constant: StandardScaler leaves it as small as it is."""
@@ -195,7 +195,7 @@ def test_noise_of_the_last_bit_is_not_amplified(seed: int, value: float, rows: i
     assert np.abs(two.transform(x) + 1).max() <= 8 * abs(np.spacing(value))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.sampled_from([0.1, 1.0, 1e4, 1e8]), st.integers(4, 200))
 def test_a_deviation_above_the_error_bound_is_one(seed: int, value: float, rows: int) -> None:
     """A hundred times the bound ``n eps |mean|``, still tiny: standardized, and right."""
@@ -211,7 +211,7 @@ def test_a_deviation_above_the_error_bound_is_one(seed: int, value: float, rows:
     np.testing.assert_allclose(fitted.transform(x)[:, 0], exact, rtol=1e-12, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(CASES)
 def test_holes_stay_where_they_are(case: Case) -> None:
     for scaler in SCALERS:

@@ -99,7 +99,7 @@ class TestFit:
             assert list(found.feature_names_in_) == NAMES
             assert_same_statistics(found, whole)
 
-    @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=12, suppress_health_check=list(HealthCheck))
     @given(cuts=st.lists(st.integers(0, 60), max_size=12), order=st.randoms(use_true_random=False))
     def test_any_partitioning(self, ray: Any, cuts: list[int], order: Any) -> None:
         """Blocks of any size, empty ones too, in any order."""

@@ -47,7 +47,7 @@ def test_the_textbook(dtype: Any) -> None:
         np.testing.assert_allclose(got, expected, **tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from([0.0, 0.4]), st.booleans())
 def test_scikit_learn_agrees_on_attributes_and_results(seed: int, missing: float, weighted: bool) -> None:
     x = data(seed, missing=missing)
@@ -73,7 +73,7 @@ def test_scikit_learn_agrees_on_attributes_and_results(seed: int, missing: float
             np.testing.assert_allclose(ours.transform(wider), theirs.transform(wider), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SEEDS, st.sampled_from([0.0, 1e4, 1e8]), st.sampled_from([np.float32, np.float64]))
 def test_any_split_by_partial_fit_or_merge_is_one_fit(seed: int, offset: float, dtype: Any) -> None:
     generator = np.random.default_rng(seed)

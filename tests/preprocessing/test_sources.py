@@ -99,7 +99,7 @@ def test_a_file_holds_what_was_written(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(batch_rows=st.integers(1, 120))
 def test_statistics_are_the_arrays_whatever_the_parts(folder: Path, name: str, batch_rows: int) -> None:
     source = open_source(folder / name, batch_rows=batch_rows)

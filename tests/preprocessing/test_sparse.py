@@ -50,7 +50,7 @@ def assert_same(a: Any, b: Any) -> None:
         np.testing.assert_allclose(getattr(a, name), expected, rtol=1e-12, atol=1e-300, err_msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(FORMATS),

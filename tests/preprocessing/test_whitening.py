@@ -136,7 +136,7 @@ def test_a_pivot_of_rounding_errors_is_no_variance() -> None:
     np.testing.assert_allclose(rest @ almost[1:, 1:] @ rest.T, np.eye(2), atol=1e-14)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS, st.sampled_from(METHODS), st.sampled_from([None, 0.2, "ledoit-wolf"]), st.sampled_from([0.0, 1e5]))
 def test_any_split_by_partial_fit_or_merge_is_one_fit(seed: int, method: str, shrinkage: Any, offset: float) -> None:
     generator = np.random.default_rng(seed)

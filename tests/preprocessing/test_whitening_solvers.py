@@ -90,7 +90,7 @@ def test_shrinkage_by_samples(method: str, shrinkage: Any, n_components: Any) ->
         assert np.isclose(auto.shrinkage_, peer_ledoit_wolf(standard)[1], rtol=1e-9)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     SEEDS,
     st.sampled_from(EIGEN),

@@ -56,7 +56,7 @@ def test_scipys_distance_of_the_same_samples(seed):
 numbers = st.floats(-1e3, 1e3, allow_nan=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(numbers, min_size=2, max_size=20), st.lists(numbers, min_size=2, max_size=20), numbers, numbers)
 def test_what_does_not_change_it_and_what_scales_it(first, second, offset, scale):
     x, y = (np.array(values)[:, None] for values in (first, second))

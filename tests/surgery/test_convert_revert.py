@@ -110,7 +110,7 @@ def trees(draw: st.DrawFn) -> nn.Module:
 CHOICES = st.sampled_from([None, lambda *_: True, lambda name, _: "b" in name, nn.BatchNorm2d])
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(trees(), st.lists(st.tuples(st.sampled_from(list(KINDS)), CHOICES), min_size=1, max_size=3))
 def test_whatever_was_converted_comes_back(model, kinds):
     before = describe(model)

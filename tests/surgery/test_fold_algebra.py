@@ -65,7 +65,7 @@ def convolutions(draw):
     return nn.Sequential(layer, learned(norm)), (2, inputs, *(7,) * spatial)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(convolutions())
 def test_any_convolution_takes_the_batch_norm_behind_it(case):
     model, shape = case

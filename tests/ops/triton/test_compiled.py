@@ -188,7 +188,9 @@ def test_other_cards(capability: int, shape: str, launches: list[Launched]) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(8192, 256), (64, 8, 3136), (9, 1), (1, 4, 50)], ids=str)
-def test_moments_compile(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_compile(
+    shape: tuple[int, ...], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
 
     class Recorder:
@@ -206,6 +208,7 @@ def test_moments_compile(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch
     arguments = dict(zip([p.name for p in kernel.params], values, strict=False)) | constants
     made = compile_launch(kernel, arguments, options, 90)
     assert made.spilled == 0
+    assert list(tmp_path.iterdir())
 
 
 def test_two_launches_compile(launches: list[Launched], monkeypatch: pytest.MonkeyPatch) -> None:
